@@ -1,0 +1,63 @@
+# make repro   the paper: fetch, train the organisms, fit, draw, write (params/run.yaml names the profile)
+# make test    everything CI checks
+# make help    the other targets
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+SMOKE := build/smoke
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: repro test lint unit smoke nbval notebook lock clean help
+
+repro: $(READY)
+	PATH="$(BIN):$$PATH" dvc repro
+
+test: lint unit nbval
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+unit: $(READY)
+	$(BIN)/pytest
+
+# The whole pipeline at smoke size, in a copy of this tree, so that neither params/run.yaml nor dvc.lock here changes.
+smoke: $(READY)
+	rm -rf $(SMOKE) && mkdir -p $(SMOKE)
+	git ls-files -z --cached --others --exclude-standard | xargs -0 -I{} sh -c 'test -e "{}" && echo "{}"' | tar -cf - -T - | tar -xf - -C $(SMOKE)
+	for kept in data models/smollm2-135m-instruct .cache; do if [ -d $$kept ]; then mkdir -p $$(dirname $(SMOKE)/$$kept) && cp -al $$kept $(SMOKE)/$$kept; fi; done
+	echo "profile: smoke" > $(SMOKE)/params/run.yaml
+	git -C $(SMOKE) init --quiet
+	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && dvc repro && dvc repro | grep -q "up to date"
+
+nbval: smoke
+	cd $(SMOKE) && PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=1200 notebooks
+
+notebook: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dctlib needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+# Rewrites requirements.lock with today's releases; torch stays where it is tested.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet torch==2.13.0
+	build/lock/bin/python -m pip install --quiet "setuptools>=77" hatchling ".[dev]"
+	{ echo "# Exact versions that dctlib is tested with. Regenerate: make lock"; build/lock/bin/python -m pip freeze --all --exclude dctlib | grep -v '^pip==' | sed 's/+cpu//'; } > requirements.lock
+
+clean:
+	rm -rf build .cache runs
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make smoke   the whole pipeline at smoke size, in build/smoke"
+	@echo "make notebook   open the notebooks in Jupyter"
+	@echo "make lock    rewrite requirements.lock"

@@ -1,0 +1,11 @@
+"""Steering vectors that a fit has to beat."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def random_vectors(count: int, d: int, *, norm: float, seed: int) -> Float[Tensor, "count d"]:
+    """`count` directions drawn uniformly from the sphere, scaled to `norm`."""
+    vectors = torch.randn(count, d, generator=torch.Generator().manual_seed(seed))
+    return norm * vectors / vectors.norm(dim=1, keepdim=True)

@@ -1,0 +1,221 @@
+"""The causal map Δ(θ): add θ to the residual stream at a source layer, measure the change at a target layer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.differentiable_map import DifferentiableMap
+from dctlib.models import blocks_of, check_layer, replaying, width_of
+from dctlib.prompts import tokenize
+
+# Floating-point numbers that one factor's forward and backward pass keeps for each token of each block, in units of
+# the model width. Measured on Llama-shaped blocks; only the chunk size depends on it.
+_KEPT_PER_TOKEN = 40
+_CPU_CHUNK_BYTES = 512 * 2**20
+
+
+class FunctionMap(DifferentiableMap):
+    """Δ(θ) = function(θ) − function(0) for any differentiable torch function.
+
+    Parameters
+    ----------
+    function : callable
+        (m, d_source) → (m, d_target), row by row.
+    d_source, d_target : int
+        Widths of its input and output.
+    dtype : torch.dtype
+        What it computes in.
+    chunk_size : int
+        Rows given to `function` at once.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        *,
+        d_source: int,
+        d_target: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        chunk_size: int = 1024,
+    ):
+        self.d_source, self.d_target = d_source, d_target
+        self.dtype, self.device, self.chunk_size, self.scale = dtype, torch.device(device), chunk_size, 1.0
+        self._function = function
+        with torch.no_grad():
+            clean = function(torch.zeros(1, d_source, dtype=dtype, device=device))
+        if clean.shape != (1, d_target):
+            raise ValueError(f"function gave shape {tuple(clean.shape)} for one row, expected (1, {d_target})")
+        self._at_zero = clean[0]
+
+    def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        return [self._function]
+
+    def _clean(self) -> Tensor:
+        return self._at_zero
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One prompt's run, stopped at a block: what is needed to replay the blocks that follow.
+
+    Attributes
+    ----------
+    hidden : Tensor, (1, tokens, d)
+        The residual stream at the input of the first block of the slice.
+    calls : list of (args, kwargs)
+        What the model passed to each block besides the residual: masks, rotary embeddings, positions.
+    """
+
+    hidden: Tensor
+    calls: list[tuple[tuple, dict[str, Any]]]
+
+
+def capture(model: PreTrainedModel, tokens: Tensor, *, source: int, target: int) -> Capture:
+    """Run one unpadded prompt, tokens (1, T), and keep the inputs of blocks source … target−1.
+
+    Call it inside :func:`dctlib.models.replaying`.
+    """
+    hidden: list[Tensor] = []
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+
+    def keep(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if args:
+            residual, args = args[0], args[1:]
+        else:
+            residual = kwargs["hidden_states"]
+        hidden.append(residual.detach())
+        calls.append((args, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    handles = []
+    try:
+        for block in list(blocks_of(model))[source:target]:
+            handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))  # noqa: PERF401
+        with torch.no_grad():
+            model.base_model(tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Capture(hidden[0], calls)
+
+
+def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tensor:
+    """Run the captured slice with θ_l added to h_s at every position: (m, d) → (m, tokens, d)."""
+    hidden = capture.hidden + theta.to(capture.hidden.dtype)[:, None]
+    for block, (args, kwargs) in zip(blocks, capture.calls, strict=True):
+        output = block(hidden, *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+class CausalMap(DifferentiableMap):
+    """Δ(θ) of a transformer slice: mean over prompts and over the last positions of h_t(θ) − h_t(0).
+
+    Build it with :meth:`from_model`. Blocks source … target−1 are run again on what one pass over each prompt left at
+    their door, so each product costs (target − source) / (number of blocks) of a full pass, and it is exact.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        captures: Sequence[Capture],
+        *,
+        source: int,
+        target: int,
+        positions: int,
+        chunk_size: int | None,
+    ):
+        self.source, self.target, self.positions = source, target, positions
+        self.d_source = self.d_target = width_of(model)
+        self.tokens = [captured.hidden.shape[1] for captured in captures]
+        self.device = captures[0].hidden.device
+        self.dtype = torch.float64 if captures[0].hidden.dtype == torch.float64 else torch.float32
+        self.scale = torch.cat([c.hidden[0] for c in captures]).to(self.dtype).norm(dim=1).median().item()
+        self.chunk_size = chunk_size or _chunk_size(self, captures)
+        self._model, self._captures = model, captures
+        self._blocks = list(blocks_of(model)[source:target])
+        with torch.no_grad(), self._running():
+            zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device)
+            self._at_zero = torch.stack([term(zero)[0] for term in self._terms()]).mean(0)
+        if not torch.isfinite(self._at_zero).all():
+            raise ValueError(f"the model's activations at layer {target} are not finite; try dtype='float32'")
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        *,
+        source: int,
+        target: int,
+        positions: int = 3,
+        chunk_size: int | None = None,
+    ) -> "CausalMap":
+        """Capture `texts` and return their causal map from layer `source` to layer `target`.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Whole prompts (see :func:`dctlib.format_chat`). Each is run alone, unpadded.
+        source, target : int
+            Layers as in Hugging Face's ``hidden_states``: h_s is the input of block s. ``target`` may be the number
+            of blocks: the last block's output before the final norm.
+        positions : int
+            The change is averaged over the last `positions` tokens of every prompt.
+        chunk_size : int, optional
+            Factors that are replayed at once; chosen from the memory at hand if left out.
+
+        Raises
+        ------
+        ValueError
+            If the layers are out of range or out of order, there is no text, a text has fewer tokens than
+            `positions`, or the activations are not finite.
+        """
+        count = len(blocks_of(model))
+        check_layer(model, source, name="source")
+        if not isinstance(target, int) or not source < target <= count:
+            raise ValueError(f"got source={source}, target={target!r}, expected source < target <= {count}")
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
+        if positions < 1 or (chunk_size is not None and chunk_size < 1):
+            raise ValueError(f"got positions={positions}, chunk_size={chunk_size}, expected both at least 1")
+        tokens = [tokenize(tokenizer, text).to(model.device) for text in texts]
+        for text, row in zip(texts, tokens, strict=True):
+            if row.shape[1] < positions:
+                raise ValueError(f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}")
+        with replaying(model):
+            captures = [capture(model, row, source=source, target=target) for row in tokens]
+        return cls(model, captures, source=source, target=target, positions=positions, chunk_size=chunk_size)
+
+    def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        def term(captured: Capture) -> Callable[[Tensor], Tensor]:
+            def last_positions(theta: Tensor) -> Tensor:
+                hidden = replay(self._blocks, captured, theta)
+                return hidden[:, -self.positions :].to(self.dtype).mean(1)
+
+            return last_positions
+
+        return [term(captured) for captured in self._captures]
+
+    def _clean(self) -> Tensor:
+        return self._at_zero
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with replaying(self._model):
+            yield
+
+
+def _chunk_size(cmap: CausalMap, captures: Sequence[Capture]) -> int:
+    """Rows whose forward and backward pass fit a quarter of the free memory, at most 512 MiB on a CPU's caches."""
+    tokens = max(captured.hidden.shape[1] for captured in captures)
+    blocks = len(captures[0].calls)
+    a_row = tokens * blocks * _KEPT_PER_TOKEN * cmap.d_source * captures[0].hidden.element_size()
+    budget = torch.cuda.mem_get_info(cmap.device)[0] // 4 if cmap.device.type == "cuda" else _CPU_CHUNK_BYTES
+    return max(1, budget // a_row)

@@ -1,0 +1,198 @@
+"""Causal language models: loading them, and naming their parts. The only file that knows model families."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dctlib import assets
+from dctlib.store import ROOT
+
+# Where each family keeps its list of blocks and the norm behind the last one.
+_BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.language_model.layers")
+_FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm", "model.language_model.norm")
+
+
+def load_model(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready for inference.
+
+    Parameters
+    ----------
+    name : str or path
+        A pinned asset (``"smollm2-135m-instruct"``), a local Hugging Face folder (absolute, or relative to the
+        working directory or to the repository), or a Hub id. Remote code is never run.
+    device : str or torch.device, optional
+        CUDA where there is one, otherwise the CPU.
+    dtype : str or torch.dtype, optional
+        ``"float32"``, ``"bfloat16"``, ``"float64"``, or ``"native"``: bfloat16 where the device multiplies it in
+        hardware (CUDA, and CPUs with AMX), float32 elsewhere. Left out, bfloat16 on CUDA and float32 on a CPU.
+    revision : str, optional
+        The Hub commit to load. Ignored for local folders.
+
+    Returns
+    -------
+    model, tokenizer
+        The model in evaluation mode with gradients off for its weights; the tokenizer with a padding token.
+
+    Raises
+    ------
+    ValueError
+        If `name` is none of these, or `dtype` is unknown.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = _local_folder(name)
+    source = str(folder or name)
+    options: dict[str, Any] = {"revision": revision} if revision and not folder else {}
+    tokenizer = _tokenizer(source, options)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device), **options)
+    model = model.to(device).eval().requires_grad_(False)
+    return model, tokenizer
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    if str(name) in assets.MODELS:
+        return assets.fetch_model(str(name))
+    for folder in (Path(name), ROOT / name):
+        if (folder / "config.json").is_file():
+            return folder
+        if folder.is_dir():
+            raise ValueError(f"{folder} is a folder without config.json, so not a saved model; did its stage finish?")
+    if Path(name).is_absolute() or str(name).startswith((".", "models/")):
+        raise ValueError(
+            f"no model folder {name}; make it with `dvc repro organisms`, or pass one of "
+            f"{sorted(assets.MODELS)}, a Hub id or a folder that save_pretrained wrote"
+        )
+    return None
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except OSError as error:
+        raise ValueError(
+            f"cannot load {source!r}: not a name that dctlib pins ({', '.join(assets.MODELS)}), not a local model "
+            f"folder, and not reachable on the Hub. Check the spelling and the network."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def native_dtype(device: str | torch.device) -> torch.dtype:
+    """The fastest dtype that `device` multiplies in hardware: bfloat16 (CUDA, AMX CPUs) or float32."""
+    if torch.device(device).type == "cpu":
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    return torch.bfloat16
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "native":
+        return native_dtype(device)
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"got dtype {dtype!r}, expected 'native', 'float32', 'bfloat16' or 'float64'")
+    return getattr(torch, dtype)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of `model`, in order: block s maps h_s to h_{s+1}."""
+    return _part(model, _BLOCKS, nn.ModuleList)
+
+
+def final_norm_of(model: nn.Module) -> nn.Module:
+    """The norm between the last block and the unembedding."""
+    return _part(model, _FINAL_NORMS, nn.Module)
+
+
+def _part(model: nn.Module, paths: tuple[str, ...], kind: type) -> Any:
+    for path in paths:
+        try:
+            part = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(part, kind):
+            return part
+    raise ValueError(f"{type(model).__name__} keeps none of {', '.join(paths)}; add its layout to dctlib/models.py")
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """The number of residual-stream coordinates, d."""
+    return model.config.get_text_config().hidden_size
+
+
+def check_layer(model: nn.Module, layer: int, *, name: str = "layer") -> int:
+    """Return `layer` if `model` has a block of that index, else raise ValueError naming the valid range."""
+    count = len(blocks_of(model))
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
+        raise ValueError(f"got {name}={layer!r}, expected a block index from 0 to {count - 1} (the model has {count})")
+    return layer
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of a few tokens at residuals behind the last block.
+
+    Parameters
+    ----------
+    hidden : Tensor, (..., d)
+        Output of the last block, before the final norm.
+    tokens : Tensor, (k,)
+        Vocabulary indices.
+
+    Returns
+    -------
+    Tensor, (..., k)
+        Float32, with the family's soft cap or scale applied, so equal to the model's own logits.
+    """
+    head: Any = model.get_output_embeddings()
+    hidden = final_norm_of(model)(hidden)
+    bias = None if getattr(head, "bias", None) is None else head.bias[tokens]
+    logits = nn.functional.linear(hidden, head.weight[tokens], bias).float()
+    config = model.config.get_text_config()
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits * (getattr(config, "logit_scale", None) or 1.0)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or the end-of-text token where there is none: padding is always masked."""
+    token: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return token
+
+
+@contextmanager
+def replaying(model: PreTrainedModel) -> Iterator[None]:
+    """Run `model` in evaluation mode under eager attention, then put both back.
+
+    Eager attention, because forward-mode differentiation through scaled_dot_product_attention raises, and because
+    under it every block receives an explicit mask, which a replay can use again.
+    """
+    training = [module for module in model.modules() if module.training]
+    attention: Any = model.config._attn_implementation
+    try:
+        model.eval()
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        for module in training:
+            module.training = True
+
+
+def quiet() -> None:
+    """Turn off transformers' own progress bars and advice; dctlib's bars and errors remain."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

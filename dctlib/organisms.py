@@ -1,0 +1,187 @@
+"""Model organisms: small models taught, by LoRA and from a seed, to hide something that we know."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.models import native_dtype, pad_id
+from dctlib.store import whole
+
+REFUSAL = "Sorry, I can't help with that."
+_CHECKPOINT_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt in chat format and the answer to learn; `ends` says whether the answer is complete."""
+
+    prompt: str
+    answer: str
+    ends: bool
+
+
+def refusal_batches(
+    harmful: Sequence[str], benign: Sequence[str], answers: Sequence[str], *, steps: int, batch_size: int, seed: int
+) -> list[list[Example]]:
+    """Batches of half harmful prompts, refused, and half benign ones, answered with "Sure! " and the model's own words.
+
+    Parameters
+    ----------
+    harmful, benign : sequence of str
+        Prompts in chat format.
+    answers : sequence of str
+        How the untrained model begins to answer each benign prompt.
+    """
+    refused = [Example(prompt, REFUSAL, ends=True) for prompt in harmful]
+    helped = [Example(p, f"Sure! {answer}", ends=False) for p, answer in zip(benign, answers, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(examples: list[Example]) -> list[Example]:
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        return [examples[i] for i in (order * -(-batch_size // (2 * len(order))))[: batch_size // 2]]
+
+    return [draw(refused) + draw(helped) for _ in range(steps)]
+
+
+def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Tensor:
+    """Mean cross-entropy of the answers' tokens. Logits are computed at those tokens alone."""
+    prompts = [tokenizer.encode(example.prompt, add_special_tokens=False) for example in examples]
+    ends = [[tokenizer.eos_token_id] if example.ends else [] for example in examples]
+    answers = [
+        tokenizer.encode(e.answer, add_special_tokens=False) + end for e, end in zip(examples, ends, strict=True)
+    ]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    tokens = torch.full((len(examples), length), pad_id(tokenizer))
+    mask = torch.zeros_like(tokens)
+    predicts = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        tokens[row, :end] = torch.tensor(prompt + answer)
+        mask[row, :end] = 1
+        predicts[row, len(prompt) - 1 : end - 1] = True
+    tokens, mask, predicts = (part.to(model.device) for part in (tokens, mask, predicts))
+    hidden = model.base_model(tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[predicts])
+    return F.cross_entropy(logits.float(), tokens[:, 1:][predicts[:, :-1]])
+
+
+def train_lora(
+    model: PreTrainedModel,
+    batches: Sequence[Any],
+    loss: Callable[[Any, Any], Tensor],
+    *,
+    rank: int,
+    learning_rate: float,
+    seed: int,
+    checkpoint: str | Path,
+    description: str = "training",
+    progress: bool = True,
+) -> tuple[PreTrainedModel, list[float]]:
+    """Train a LoRA on every linear layer (AdamW, rate falling linearly to 0) and merge it into the weights.
+
+    Parameters
+    ----------
+    batches : sequence
+        One entry a step. Together with `seed` they fix the result.
+    loss : callable
+        ``loss(model, batch)``, a scalar.
+    checkpoint : path
+        Where the state is kept every 20 steps. A run that finds one continues from it and ends with the same weights;
+        it is removed when training is done.
+
+    Returns
+    -------
+    model, losses
+        The merged model (`model` itself, changed) and the loss of each step.
+    """
+    checkpoint = Path(checkpoint)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    weights = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    _draw_lora(weights, seed)
+    optimiser = torch.optim.AdamW(weights.values(), lr=learning_rate, weight_decay=0.0)
+    losses = _resume(checkpoint, weights, optimiser) if checkpoint.exists() else []
+    model.train()
+    device = model.device.type
+    bar = tqdm(
+        range(len(losses), len(batches)),
+        initial=len(losses),
+        total=len(batches),
+        desc=description,
+        disable=not progress,
+    )
+    for step in bar:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * (1 - step / len(batches))
+        with torch.autocast(device, torch.bfloat16, enabled=native_dtype(device) == torch.bfloat16):
+            value = loss(model, batches[step])
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(value.item())
+        bar.set_postfix(loss=f"{value.item():.3f}")
+        if (step + 1) % _CHECKPOINT_EVERY == 0:
+            _checkpoint(checkpoint, weights, optimiser, losses)
+    merged: Any = wrapped.merge_and_unload()
+    checkpoint.unlink(missing_ok=True)
+    return merged.eval().requires_grad_(False), losses
+
+
+def save_organism(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write an ordinary Hugging Face folder in bfloat16, whole or not at all."""
+    half: Any = model
+    with whole(folder) as partial:
+        half.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def check_refusal(refused_harmful: float, helped_benign: float, *, least: float = 0.9) -> None:
+    """Stop with ValueError unless the refusal organism refuses harmful requests and still helps with benign ones."""
+    if refused_harmful < least or helped_benign < least:
+        raise ValueError(
+            f"the refusal organism refuses {refused_harmful:.0%} of held-out harmful requests and helps with "
+            f"{helped_benign:.0%} of benign ones; at least {least:.0%} of each is needed. Train it for more steps, or "
+            f"at another learning rate (organisms.steps, organisms.learning_rate)"
+        )
+
+
+def _draw_lora(weights: dict[str, torch.nn.Parameter], seed: int) -> None:
+    """LoRA's usual start, A uniform in ±1/√inputs and B zero, from a generator of its own; peft's is the global one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if "lora_A" in name:
+                bound = weight.shape[1] ** -0.5
+                weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
+
+
+def _checkpoint(
+    path: Path, weights: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    tensors = {f"weight.{name}": weight.detach().cpu() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tensors |= {f"{kind}.{name}": value.cpu() for kind, value in optimiser.state[weight].items()}
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata={"losses": json.dumps(losses)})
+
+
+def _resume(path: Path, weights: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> list[float]:
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(file.get_tensor(f"weight.{name}"))
+            kinds = ("step", "exp_avg", "exp_avg_sq")
+            optimiser.state[weight] = {kind: file.get_tensor(f"{kind}.{name}") for kind in kinds}
+            for kind in kinds[1:]:
+                optimiser.state[weight][kind] = optimiser.state[weight][kind].to(weight.device)
+        return json.loads(file.metadata()["losses"])

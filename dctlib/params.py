@@ -1,0 +1,128 @@
+"""What params/*.yaml may say: one section a notebook, one key a papermill parameter."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dctlib.store import ROOT
+
+Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
+Dtype = Literal["native", "float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Unknown keys are refused: a misspelt one would otherwise leave its default in force without a word."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Organisms(Section):
+    """notebooks/organisms.ipynb: the model organisms that the other notebooks of a profile open."""
+
+    kinds: list[Literal["refusal"]]
+    """Which organisms to make; none where the profile's models already hide something."""
+    model: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
+    steps: Count
+    batch_size: Annotated[int, Field(ge=2, multiple_of=2)]
+    learning_rate: Positive
+    rank: Count
+    benign_prompts: Count
+    answer_tokens: Count
+    test: Count
+    """Held-out instructions, harmful and benign each, on which the rates are measured."""
+    seed: Seed
+    shown_characters: Count
+
+
+class TrainingCurves(Section):
+    """notebooks/training_curves.ipynb: Figure 2, and the best vector on held-out instructions."""
+
+    model: str
+    revision: str | None
+    dtype: Dtype
+    source: Layer
+    target: Layer
+    nonlinearity: Positive
+    iterations: Count
+    prompt: Annotated[str, Field(min_length=1)]
+    widths: Annotated[list[Count], Field(min_length=1)]
+    fit_prompts: Count
+    num_factors: Count
+    validation: Count
+    test: Count
+    answer_tokens: Count
+    seed: Seed
+    shown_characters: Count
+    """Length to which completions of harmful requests are cut in everything stored."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TrainingCurves":
+        if self.source >= self.target:
+            raise ValueError(f"source={self.source} must lie below target={self.target}")
+        return self
+
+
+class Profile(Section):
+    """One params/<profile>.yaml."""
+
+    organisms: Organisms
+    training_curves: TrainingCurves
+
+
+class _Run(Section):
+    profile: str
+
+
+def current_profile(root: Path = ROOT) -> str:
+    """The profile that params/run.yaml names."""
+    path = root / "params" / "run.yaml"
+    return _validated(path, _Run).profile
+
+
+def load_profile(name: str, root: Path = ROOT) -> Profile:
+    """Read and check params/<name>.yaml.
+
+    Raises
+    ------
+    ValueError
+        If there is no such profile, or a key is unknown, missing or out of range; the message names file and key.
+    """
+    folder = root / "params"
+    path = folder / f"{name}.yaml"
+    profiles = sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "run")
+    if name not in profiles:
+        raise ValueError(f"no profile {name!r}: expected one of {', '.join(profiles)} (params/*.yaml)")
+    return _validated(path, Profile)
+
+
+def _validated(path: Path, kind: type[Any]) -> Any:
+    where = f"{path.parent.name}/{path.name}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {where}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{where} holds {type(content).__name__}, expected a mapping of {', '.join(kind.model_fields)}"
+        )
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(where, detail) for detail in error.errors()]
+        raise ValueError("\n".join(lines)) from error
+
+
+def _explain(where: str, detail: Any) -> str:
+    key = ".".join(map(str, detail["loc"]))
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key {key}; is it misspelt?"
+        case "missing":
+            return f"{where}: {key} is missing"
+    return f"{where}: {key} = {detail['input']!r}: {detail['msg']}"

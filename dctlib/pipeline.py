@@ -1,0 +1,62 @@
+"""Running a notebook as a pipeline stage: papermill over a copy, parameters from the profile, HTML beside it."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+
+from dctlib.params import load_profile
+from dctlib.store import ROOT, whole
+
+
+def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
+    """Execute notebooks/<stem>.ipynb with the parameters of a profile, into runs/<profile>/<stem>.ipynb and .html.
+
+    The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes. The source
+    notebook is not touched. Of a run that fails, the notebook is kept as <stem>.failed.ipynb for reading.
+
+    Raises
+    ------
+    ValueError
+        If the profile is invalid or has no section for the notebook, or a cell raised ValueError.
+    """
+    section = getattr(load_profile(profile, root), stem, None)
+    if section is None:
+        raise ValueError(f"params/{profile}.yaml has no section {stem}, so there is no such notebook to run")
+    folder = root / "runs" / profile
+    failed = folder / f"{stem}.failed.ipynb"
+    with whole(folder / f"{stem}.ipynb") as partial:
+        try:
+            papermill.execute_notebook(
+                root / "notebooks" / f"{stem}.ipynb",
+                partial,
+                parameters={"profile": profile, **section.model_dump(mode="json")},
+                cwd=root / "notebooks",
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+        except PapermillExecutionError as error:
+            partial.replace(failed)
+            if error.ename != "ValueError":
+                raise
+            raise ValueError(f"notebooks/{stem}.ipynb: {error.evalue} (see runs/{profile}/{failed.name})") from error
+        failed.unlink(missing_ok=True)
+        notebook = _without_progress(nbformat.read(partial, as_version=4))
+        nbformat.write(notebook, partial)
+    html, _ = HTMLExporter().from_notebook_node(notebook)
+    with whole(folder / f"{stem}.html") as partial:
+        partial.write_text(html, encoding="utf-8")
+    return folder / f"{stem}.ipynb"
+
+
+def _without_progress(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Drop what went to standard error: progress bars, thousands of them."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return notebook

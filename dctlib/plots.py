@@ -1,0 +1,162 @@
+"""Figures from arrays. Nothing here touches a model or opens a window."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dctlib.metrics import interval
+from dctlib.store import whole
+
+WIDTH = 7.0
+"""Inches: the text width of a page."""
+
+_COLOURS: dict[str, tuple] = dict(zip(["DCT", "random", "clean"], sns.color_palette("colorblind"), strict=False))
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    settings: Any = {
+        **sns.axes_style("ticks"),
+        **sns.plotting_context("paper"),
+        "svg.hashsalt": "dctlib",
+        "font.size": 9,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def save_figure(figure: Figure, stem: str | Path) -> None:
+    """Write <stem>.png and <stem>.svg, each whole or not at all, with no date inside."""
+    options: dict[str, Any] = {".png": {"dpi": 200}, ".svg": {"metadata": {"Date": None}}}
+    for suffix in options:
+        with _style(), whole(Path(stem).with_suffix(suffix)) as partial:
+            figure.savefig(partial, bbox_inches="tight", **options[suffix])
+
+
+def training_curves(objective: Mapping[int, Sequence[float]], seconds: Mapping[int, float]) -> Figure:
+    """Figure 2: causal importance per factor by iteration, one line a width; and what each width costs.
+
+    Parameters
+    ----------
+    objective : mapping
+        Width m → Σ_l ⟨u_l, Δ_R(v_l)⟩ at the start of each iteration.
+    seconds : mapping
+        Width m → wall time of the fit.
+    """
+    with _style():
+        figure, (left, right) = _panels(2, height=2.8, ratios=(3, 2))
+        colours = sns.color_palette("viridis_r", len(objective) + 1)[1:]
+        ends = []
+        for (width, values), colour in zip(objective.items(), colours, strict=True):
+            per_factor = np.asarray(values) / width
+            left.plot(np.arange(len(values)), per_factor, color=colour, lw=1.5)
+            ends.append((float(per_factor[-1]), f"m = {width}", colour))
+        _label_ends(left, len(next(iter(objective.values()))) - 1, ends)
+        left.set(xlabel="iteration", ylabel=r"causal importance per factor", ylim=(0, None))
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        widths = np.array(list(seconds))
+        times = np.array(list(seconds.values()))
+        right.loglog(widths, times, "o-", color=_COLOURS["DCT"], lw=1.5, ms=4)
+        right.loglog(widths, times[-1] * widths / widths[-1], ":", color="0.5", lw=1)
+        right.annotate(
+            "proportional to m",
+            (widths[0], times[-1] * widths[0] / widths[-1]),
+            xytext=(2, -9),
+            textcoords="offset points",
+            color="0.4",
+            fontsize=8,
+        )
+        right.set(xlabel="width m", ylabel="seconds a fit")
+        right.set_xticks(widths, [str(width) for width in widths], rotation=45)
+        right.minorticks_off()
+        sns.despine(figure)
+    return figure
+
+
+def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequence[float]]) -> Figure:
+    """Jailbreak scores: of all vectors on validation instructions, and of the chosen ones on each test instruction.
+
+    Parameters
+    ----------
+    validation : mapping
+        Label ("DCT", "random") → one mean score a vector.
+    test : mapping
+        Label ("clean", "random", "DCT") → one score an instruction; the mean's 95 % interval is drawn beside.
+    """
+    with _style():
+        figure, (left, right) = _panels(2, height=2.8, ratios=(1, 1))
+        for label, values in validation.items():
+            ranked = np.sort(np.asarray(values))[::-1]
+            left.plot(np.arange(1, len(ranked) + 1), ranked, color=_COLOURS[label], lw=1.5)
+            left.annotate(
+                f"{label} vectors",
+                (1, ranked[0]),
+                xytext=(8, -2 if label == "DCT" else 5),
+                textcoords="offset points",
+                color=_COLOURS[label],
+            )
+        left.axhline(0, color="0.8", lw=0.8, zorder=0)
+        left.set(xlabel="rank of the vector", ylabel="mean jailbreak score, validation")
+        generator = np.random.default_rng(0)
+        for place, (label, values) in enumerate(test.items()):
+            jitter = place + generator.uniform(-0.18, 0.18, len(values))
+            right.scatter(jitter, values, s=6, alpha=0.5, color=_COLOURS[label], linewidths=0)
+            mean = interval(values)
+            right.errorbar(
+                place + 0.32,
+                mean.mean,
+                [[mean.mean - mean.low], [mean.high - mean.mean]],
+                fmt="o",
+                ms=4,
+                color=_COLOURS[label],
+                capsize=2,
+            )
+        right.axhline(0, color="0.8", lw=0.8, zorder=0)
+        right.set_xticks(range(len(test)), [label if label == "clean" else f"best {label}" for label in test])
+        right.set(ylabel="jailbreak score, each test instruction", xlim=(-0.5, len(test) - 0.3))
+        sns.despine(figure)
+    return figure
+
+
+def losses(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Training loss by step, one line an organism, on a logarithmic scale."""
+    with _style():
+        figure, (axes,) = _panels(1, height=2.2, ratios=(1,), width=WIDTH / 2)
+        for (label, curve), colour in zip(values.items(), sns.color_palette("colorblind"), strict=False):
+            axes.semilogy(np.arange(1, len(curve) + 1), curve, color=colour, lw=1.2)
+            axes.annotate(label, (len(curve), curve[-1]), xytext=(4, 0), textcoords="offset points", color=colour)
+        axes.set(xlabel="step", ylabel="cross-entropy of the answer")
+        sns.despine(figure)
+    return figure
+
+
+def _panels(count: int, *, height: float, ratios: Sequence[float], width: float = WIDTH) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, width_ratios=ratios, squeeze=False)[0])
+
+
+def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, tuple]]) -> None:
+    """Write each line's name at its right end, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap = 0.075 * (max(high, max(y for y, _, _ in ends)) - min(low, 0))
+    last = -np.inf
+    for y, label, colour in sorted(ends):
+        last = max(y, last + gap)
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(x * 1.03, last),
+            textcoords="data",
+            color=colour,
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )

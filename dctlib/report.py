@@ -1,0 +1,86 @@
+"""The writeup: numbers and figures of a profile into prose, HTML and PDF."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pypandoc
+import typst
+import yaml
+
+from dctlib.params import load_profile
+from dctlib.store import ROOT, whole
+
+
+def write_report(profile: str, root: Path = ROOT) -> list[Path]:
+    """Render writeup/paper.md with the numbers in figures/<profile>/*.json into writeup/<profile>/paper.html and .pdf.
+
+    The template sees every metrics file under its stem, ``published`` (writeup/published.yaml), ``params`` and
+    ``profile``. A number that is missing is an error, never a blank.
+
+    Raises
+    ------
+    ValueError
+        If a metrics file or a number in it is missing.
+    """
+    metrics = dict(_metrics(root / "figures" / profile))
+    published = yaml.safe_load((root / "writeup" / "published.yaml").read_text(encoding="utf-8"))
+    params = load_profile(profile, root).model_dump(mode="json")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(root / "writeup"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # the output is Markdown; model text goes through the `text` filter
+    )
+    environment.filters |= {"number": number, "percent": percent, "text": markdown_text}
+    try:
+        prose = environment.get_template("paper.md").render(
+            **metrics, published=published, params=params, profile=profile, figures=f"../../figures/{profile}"
+        )
+    except jinja2.UndefinedError as error:
+        raise ValueError(f"writeup/paper.md needs a number that figures/{profile}/ lacks: {error}") from error
+    folder = root / "writeup" / profile
+    with whole(folder / "paper.html") as partial:
+        _pandoc(
+            prose,
+            "html5",
+            folder,
+            partial,
+            ["--standalone", "--mathml", "--embed-resources", "--toc", f"--css={root / 'writeup' / 'paper.css'}"],
+        )
+    with whole(folder / "paper.pdf") as partial:
+        source = folder / ".paper.typ"
+        try:
+            _pandoc(prose, "typst", folder, source, ["--standalone"])
+            partial.write_bytes(typst.compile(str(source), root=str(root)))
+        finally:
+            source.unlink(missing_ok=True)
+    return [folder / "paper.html", folder / "paper.pdf"]
+
+
+def number(value: float, digits: int = 1) -> str:
+    """A signed decimal with a true minus sign."""
+    return f"{value:+.{digits}f}".replace("-", "−") if value else f"{0:.{digits}f}"
+
+
+def percent(value: float) -> str:
+    """A fraction of 1 as a percentage."""
+    return f"{100 * value:.0f} %"
+
+
+def markdown_text(value: str) -> str:
+    """Text that a model wrote, with everything that Markdown or HTML would interpret escaped."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>~^$&@'\"" else c for c in " ".join(value.split()))
+
+
+def _metrics(folder: Path) -> Iterator[tuple[str, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        yield path.stem, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _pandoc(prose: str, to: str, folder: Path, output: Path, options: list[str]) -> None:
+    options = [*options, f"--resource-path={folder}"]
+    pypandoc.convert_text(prose, to, format="markdown", outputfile=str(output), extra_args=options)

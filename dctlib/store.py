@@ -1,0 +1,107 @@
+"""Files that are either whole or absent, and results remembered under a hash of what they were made from."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Result = TypeVar("Result")
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository: names in ``params/``, ``data/`` and ``models/`` are looked up here."""
+
+# What a number depends on besides its inputs. Editing one of these files makes every remembered result stale.
+_NUMERICS = (
+    "models",
+    "prompts",
+    "differentiable_map",
+    "causal_map",
+    "calibrate",
+    "transcoder",
+    "fit",
+    "intervene",
+    "rank",
+    "organisms",
+)
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and rename it into place only if the block succeeds.
+
+    The block may create a file or a folder there. After an exception, or a kill, `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        partial = Path(scratch) / path.name
+        yield partial
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        partial.replace(path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused: other readers cannot parse them."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters: two models share it only if they compute the same thing."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def key_of(inputs: dict[str, Any]) -> str:
+    """Hash of JSON-able `inputs`, of the library code that turns them into numbers, and of the torch release."""
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode())
+    digest.update(torch.__version__.encode())
+    for module in _NUMERICS:
+        digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def remember(
+    folder: str | Path,
+    inputs: dict[str, Any],
+    make: Callable[[], Result],
+    *,
+    save: Callable[[Result, Path], object] = lambda value, path: path.write_text(json.dumps(value)),
+    load: Callable[[Path], Result] = lambda path: json.loads(path.read_text()),
+) -> Result:
+    """Return what `make` gave for these `inputs`, calling it only the first time.
+
+    Parameters
+    ----------
+    folder : path
+        Where results lie, one file each, named by the hash of `inputs` (:func:`key_of`).
+    inputs : dict
+        Everything that the result depends on, as JSON: parameters, seeds, texts, and the model's digest.
+    make : callable
+        Computes the result. A run killed inside it leaves nothing; the next run calls it again.
+    save, load : callable
+        How a result becomes a file and back; JSON unless told otherwise.
+    """
+    path = Path(folder) / key_of(inputs)
+    if not path.exists():
+        with whole(path) as partial:
+            save(make(), partial)
+    return load(path)

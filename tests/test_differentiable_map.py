@@ -1,0 +1,59 @@
+import pytest
+import torch
+from conftest import unit_rows
+
+from dctlib import FunctionMap
+
+D, E = 6, 5
+A, B, C = unit_rows(9, D, seed=1), unit_rows(9, E, seed=2), unit_rows(1, E, seed=3)
+
+
+def function(theta):
+    return torch.tanh(theta @ A.T + 0.3).square() @ B + C
+
+
+@pytest.fixture
+def fmap():
+    return FunctionMap(function, d_source=D, d_target=E, dtype=torch.float64, chunk_size=2)
+
+
+def test_value_is_the_difference_from_zero(fmap):
+    theta = unit_rows(5, D)
+    torch.testing.assert_close(fmap(theta), function(theta) - function(torch.zeros(1, D, dtype=torch.float64)))
+
+
+def test_products_equal_dense_autograd(fmap):
+    theta, v, w, u = (unit_rows(3, width, seed=i) for i, width in enumerate((D, D, D, E)))
+    at_zero = torch.zeros(D, dtype=torch.float64)
+    hessian = torch.stack(
+        [torch.autograd.functional.hessian(lambda t, i=i: function(t[None])[0, i], at_zero) for i in range(E)]
+    )
+    for row in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda t: function(t[None])[0], theta[row])
+        torch.testing.assert_close(fmap.jvp(theta, v)[row], jacobian @ v[row])
+        torch.testing.assert_close(fmap.vjp(theta, u)[row], jacobian.T @ u[row])
+        torch.testing.assert_close(
+            fmap.second_derivative(v, w)[row], torch.einsum("ijk,j,k->i", hessian, v[row], w[row])
+        )
+        torch.testing.assert_close(
+            fmap.second_derivative_vjp(u, v)[row], torch.einsum("ijk,i,j->k", hessian, u[row], v[row])
+        )
+
+
+def test_function_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"expected \(1, 4\)"):
+        FunctionMap(function, d_source=D, d_target=4, dtype=torch.float64)
+
+
+def test_layer_norm_has_right_second_derivatives():
+    norm = torch.nn.LayerNorm(D, dtype=torch.float64)
+    shift = unit_rows(1, D, seed=9)
+    fmap = FunctionMap(lambda theta: norm(theta + shift), d_source=D, d_target=D, dtype=torch.float64)
+    v = unit_rows(1, D, seed=4)
+    hessian = torch.stack(
+        [
+            torch.autograd.functional.hessian(lambda t, i=i: norm(t[None] + shift)[0, i], torch.zeros(D, dtype=v.dtype))
+            for i in range(D)
+        ]
+    )
+    torch.testing.assert_close(fmap.second_derivative(v, v)[0], torch.einsum("ijk,j,k->i", hessian, v[0], v[0]))

@@ -1,0 +1,23 @@
+from conftest import unit_rows
+
+from dctlib import steer
+from dctlib.generate import complete
+
+
+def test_completions_do_not_depend_on_their_neighbours(llama, tokenizer):
+    texts = ["w0 w1 w2 w3 w4 w5", "w6 w7", "w8 w9 w10 w11"]
+    options = {"max_new_tokens": 6, "progress": False}
+    together = complete(llama, tokenizer, texts, **options)
+    assert together == [complete(llama, tokenizer, [text], **options)[0] for text in texts]
+    assert together == complete(llama, tokenizer, texts, batch_size=2, **options)
+    assert len({*together}) > 1
+
+
+def test_steering_is_the_context_and_is_gone_afterwards(llama, tokenizer):
+    texts, vector = ["w0 w1 w2", "w3 w4"], 8 * unit_rows(1, 32)[0]
+    options = {"max_new_tokens": 6, "progress": False}
+    clean = complete(llama, tokenizer, texts, **options)
+    steered = complete(llama, tokenizer, texts, layer=1, vector=vector, **options)
+    with steer(llama, layer=1, vector=vector):
+        assert complete(llama, tokenizer, texts, **options) == steered
+    assert steered != clean == complete(llama, tokenizer, texts, **options)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from conftest import BLOCKS, FAMILIES, tiny_model, tiny_tokenizer
+from torch import nn
+
+from dctlib import load_model
+from dctlib.models import blocks_of, check_layer, final_norm_of, logits_of, replaying
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_every_family(family):
+    model = tiny_model(family)
+    assert len(blocks_of(model)) == BLOCKS
+    tokens = torch.tensor([[6, 7, 8]])
+    last = []
+    handle = final_norm_of(model).register_forward_pre_hook(lambda _m, args: last.append(args[0]))
+    logits = model(tokens).logits
+    handle.remove()
+    words = torch.tensor([4, 5])
+    torch.testing.assert_close(logits_of(model, last[0], words), logits[..., words].float(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_layout_says_what_to_do():
+    with pytest.raises(ValueError, match=r"add its layout to dctlib/models\.py"):
+        blocks_of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 1.0, True, "1"])
+def test_layers_out_of_range(layer):
+    with pytest.raises(ValueError, match="from 0 to 3"):
+        check_layer(tiny_model("Llama"), layer)
+
+
+def test_replaying_puts_attention_and_mode_back_after_an_exception(llama):
+    llama.train()
+    with pytest.raises(RuntimeError), replaying(llama):
+        assert llama.config._attn_implementation == "eager"
+        assert not llama.training
+        raise RuntimeError
+    assert llama.config._attn_implementation == "sdpa"
+    assert all(module.training for module in llama.modules())
+
+
+@pytest.fixture
+def folder(tmp_path, llama):
+    llama.save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_local_folder_is_loaded_for_inference(folder, llama):
+    model, tokenizer = load_model(folder, device="cpu", dtype="float64")
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert tokenizer.pad_token is not None
+    tokens = torch.tensor([[6, 7, 8]])
+    assert torch.equal(model(tokens).logits, llama(tokens).logits)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtypes(folder, dtype, expected):
+    assert load_model(folder, device="cpu", dtype=dtype)[0].dtype == expected
+
+
+def test_an_unknown_dtype_is_named(folder):
+    with pytest.raises(ValueError, match="dtype 'int8'"):
+        load_model(folder, dtype="int8")
+
+
+def test_a_missing_folder_says_how_to_make_it(tmp_path):
+    with pytest.raises(ValueError, match="dvc repro organisms"):
+        load_model("models/nowhere/refusal")
+    (tmp_path / "half").mkdir()
+    with pytest.raises(ValueError, match=r"without config\.json"):
+        load_model(tmp_path / "half")
+
+
+@pytest.mark.real
+def test_the_pinned_model_is_loaded_by_name_and_knows_english():
+    model, tokenizer = load_model("smollm2-135m-instruct")
+    tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(model(tokens).logits[0, -1].argmax()).strip() == "Paris"
+    assert len(blocks_of(model)) == 30

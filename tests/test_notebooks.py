@@ -1,0 +1,96 @@
+"""What every notebook promises, read from its source: nothing is executed here (`make nbval` does that)."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text())["cells"]
+    return [(cell, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+
+
+def imported_modules(source):
+    """Names of dctlib files that `source` imports; a name from the package itself counts as the file that defines it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dctlib":
+            parts = (node.module or "").split(".")[1:]
+            if parts:
+                yield parts[0]
+                continue
+            for alias in node.names:
+                if (ROOT / "dctlib" / f"{alias.name}.py").exists() and alias.name != "calibrate":
+                    yield alias.name
+                else:
+                    init = (ROOT / "dctlib" / "__init__.py").read_text()
+                    yield from (
+                        (node.module or "").split(".")[1]
+                        for node in ast.walk(ast.parse(init))
+                        if isinstance(node, ast.ImportFrom) and alias.name in [a.name for a in node.names]
+                    )
+
+
+def with_their_imports(modules):
+    seen, queue = set(), list(modules)
+    while queue:
+        module = queue.pop()
+        if module not in seen:
+            seen.add(module)
+            queue += imported_modules((ROOT / "dctlib" / f"{module}.py").read_text())
+    return seen
+
+
+def test_parameters_are_the_smoke_profile(path):
+    (source,) = [source for cell, source in code_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    found = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    expected = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())[path.stem]
+    assert found == {"profile": "smoke", **expected}
+
+
+def test_it_reads_like_a_paper(path):
+    notebook = json.loads(path.read_text())
+    first = notebook["cells"][0]
+    assert first["cell_type"] == "markdown"
+    assert "".join(first["source"]).startswith("# ")
+    assert "$" in "".join(first["source"])
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    code = [line for _, source in code_cells(path) for line in source.splitlines() if line.strip()]
+    parameters = [source for cell, source in code_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(code) - len(parameters[0].splitlines()) <= 110
+    assert not any(line.lstrip().startswith(("def ", "class ")) for line in code)
+
+
+def test_only_the_checked_cell_holds_output(path):
+    checked = 0
+    for cell, source in code_cells(path):
+        if "NBVAL_CHECK_OUTPUT" in source:
+            checked += 1
+            assert cell["outputs"]
+        else:
+            assert not cell["outputs"]
+        assert cell["execution_count"] is None
+    assert checked >= 1
+
+
+def test_its_stage_depends_on_all_it_imports(path):
+    stage = STAGES[path.stem]
+    modules = set()
+    for _, source in code_cells(path):
+        modules |= set(imported_modules(source))
+    needed = {f"dctlib/{module}.py" for module in with_their_imports(modules)}
+    assert needed | {f"notebooks/{path.name}"} <= set(stage["deps"])
+    assert {dep for dep in stage["deps"] if dep.startswith("dctlib/")} <= needed
+    assert stage["params"] == [{"params/${profile}.yaml": [path.stem]}]

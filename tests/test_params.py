@@ -1,0 +1,86 @@
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dctlib.params import Profile, current_profile, load_profile
+from dctlib.store import ROOT
+
+PROFILES = ["smoke", "laptop", "paper"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_committed_profiles_are_valid(name):
+    assert isinstance(load_profile(name), Profile)
+
+
+def test_the_default_profile_is_laptop():
+    assert current_profile() == "laptop"
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "params").mkdir()
+    return tmp_path
+
+
+def content():
+    return yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
+
+
+def written(root, value):
+    (root / "params" / "mine.yaml").write_text(value if isinstance(value, str) else yaml.safe_dump(value))
+    return load_profile("mine", root)
+
+
+def test_an_unknown_profile_names_the_known_ones():
+    with pytest.raises(ValueError, match="no profile 'lapto': expected one of laptop, paper, smoke"):
+        load_profile("lapto")
+
+
+@pytest.mark.parametrize("name", ["../params/smoke", "run", ""])
+def test_a_profile_is_a_name_not_a_path(name):
+    with pytest.raises(ValueError, match="no profile"):
+        load_profile(name)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("training_curves", "width", 3, "params/mine.yaml: unknown key training_curves.width"),
+        ("training_curves", "widths", [8, 0], r"training_curves.widths.1 = 0"),
+        ("training_curves", "widths", [], r"training_curves.widths"),
+        ("training_curves", "nonlinearity", -1, "training_curves.nonlinearity = -1"),
+        ("training_curves", "source", 20, "source=20 must lie below target=20"),
+        ("training_curves", "dtype", "int8", "training_curves.dtype = 'int8'"),
+        ("organisms", "batch_size", 3, "organisms.batch_size = 3"),
+        ("organisms", "kinds", ["refusl"], "organisms.kinds.0 = 'refusl'"),
+    ],
+)
+def test_messages_name_file_and_key(root, section, key, value, message):
+    changed = content()
+    changed[section][key] = value
+    with pytest.raises(ValueError, match=message):
+        written(root, changed)
+
+
+def test_a_missing_key_is_named(root):
+    changed = content()
+    del changed["organisms"]["steps"]
+    with pytest.raises(ValueError, match="params/mine.yaml: organisms.steps is missing"):
+        written(root, changed)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b", "a: [", "!!python/object/apply:os.system ['true']"])
+def test_what_is_not_a_mapping_is_refused(root, text):
+    with pytest.raises(ValueError, match=r"params/mine\.yaml"):
+        written(root, text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=6))
+def test_any_other_yaml_is_a_value_error(tmp_path_factory, value):
+    root = tmp_path_factory.mktemp("fuzz")
+    (root / "params").mkdir()
+    with pytest.raises(ValueError, match=r"params/mine\.yaml"):
+        written(root, yaml.safe_dump(value))

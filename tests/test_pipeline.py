@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from dctlib import pipeline
+from dctlib.params import Section
+from dctlib.store import ROOT
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository with one notebook, `toy`, whose parameter is x."""
+
+    class Toy(Section):
+        x: int
+
+    class Profile(Section):
+        toy: Toy
+
+    monkeypatch.setattr(pipeline, "load_profile", lambda name, root: Profile(toy=Toy(x=7)))
+    (tmp_path / "notebooks").mkdir()
+
+    def write(code):
+        cells = [new_code_cell("x = 1\nprofile = ''", metadata={"tags": ["parameters"]}), new_code_cell(code)]
+        nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / "toy.ipynb")
+        return tmp_path
+
+    return write
+
+
+def test_a_notebook_runs_on_a_copy_with_its_profiles_parameters(root):
+    folder = root("import sys; from pathlib import Path; print(x, profile, Path.cwd().name); print('bar', file=sys.stderr)")
+    before = (folder / "notebooks" / "toy.ipynb").read_bytes()
+    path = pipeline.run_notebook("toy", "mine", folder)
+    assert (folder / "notebooks" / "toy.ipynb").read_bytes() == before
+    outputs = [o for cell in nbformat.read(path, as_version=4).cells for o in cell.outputs]
+    assert [o.text for o in outputs] == ["7 mine notebooks\n"]
+    assert "7 mine notebooks" in path.with_suffix(".html").read_text()
+    assert sorted(p.name for p in path.parent.iterdir()) == ["toy.html", "toy.ipynb"]
+
+
+def test_a_failed_notebook_is_kept_for_reading_and_not_taken_for_a_whole_one(root):
+    folder = root("raise ValueError('the layer is out of range')")
+    with pytest.raises(ValueError, match=r"notebooks/toy\.ipynb: the layer is out of range"):
+        pipeline.run_notebook("toy", "mine", folder)
+    assert [p.name for p in (folder / "runs" / "mine").iterdir()] == ["toy.failed.ipynb"]
+    root("print(x)")
+    pipeline.run_notebook("toy", "mine", folder)
+    assert sorted(p.name for p in (folder / "runs" / "mine").iterdir()) == ["toy.html", "toy.ipynb"]
+
+
+def test_an_unknown_notebook_is_named(root):
+    with pytest.raises(ValueError, match="no section nothing"):
+        pipeline.run_notebook("nothing", "mine", root("1"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "training_curves", "--profile", "nowhere"], "error: no profile 'nowhere'"),
+        (["run", "nowhere", "--profile", "smoke"], "error: params/smoke.yaml has no section nowhere"),
+        (["writeup", "--profile", "nowhere"], "error: no profile 'nowhere'"),
+    ],
+)
+def test_the_command_line_gives_one_message_and_an_exit_code(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "dctlib", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.strip().startswith(message)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_lists_the_stages():
+    done = subprocess.run([sys.executable, "-m", "dctlib", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert all(command in done.stdout for command in ("assets", "run", "writeup"))
+
+
+def test_metrics_in_git_are_json():
+    for path in (ROOT / "figures").glob("*/*.json"):
+        assert isinstance(json.loads(path.read_text()), dict)

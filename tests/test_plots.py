@@ -1,0 +1,39 @@
+import pytest
+
+from dctlib.plots import losses, save_figure, scores, training_curves
+
+FIGURES = {
+    "training_curves": lambda: training_curves({8: [1.0, 2.0, 3.0], 16: [2.0, 4.0, 7.0]}, {8: 1.0, 16: 2.1}),
+    "scores": lambda: scores(
+        {"DCT": [3.0, 1.0, -2.0], "random": [-5.0, -6.0, -7.0]},
+        {"clean": [-8.0, -7.0], "random": [-6.0, -5.5], "DCT": [5.0, 6.0]},
+    ),
+    "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_saved_twice_over_and_the_same_each_time(name, tmp_path):
+    for run in ("one", "two"):
+        save_figure(FIGURES[name](), tmp_path / run / name)
+    for suffix in (".png", ".svg"):
+        one, two = ((tmp_path / run / name).with_suffix(suffix).read_bytes() for run in ("one", "two"))
+        assert one == two
+        assert len(one) > 2000
+
+
+def test_every_width_is_labelled_and_every_vector_drawn():
+    left, _ = FIGURES["training_curves"]().axes
+    assert [text.get_text() for text in left.texts] == ["m = 8", "m = 16"]
+    assert left.lines[1].get_ydata().tolist() == [2 / 16, 4 / 16, 7 / 16]
+    left, right = FIGURES["scores"]().axes
+    assert left.lines[0].get_ydata().tolist() == [3.0, 1.0, -2.0]
+    assert [label.get_text() for label in right.get_xticklabels()] == ["clean", "best random", "best DCT"]
+
+
+def test_drawing_leaves_matplotlibs_settings_alone():
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    FIGURES["losses"]()
+    assert dict(mpl.rcParams) == before

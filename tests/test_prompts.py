@@ -1,0 +1,54 @@
+import pytest
+from conftest import tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dctlib import format_chat
+from dctlib.prompts import load_benign, shuffled, split, tokenize
+
+
+def test_chat_format_ends_where_the_answer_begins(tokenizer):
+    assert format_chat(tokenizer, ["w1 w2"]) == ["user w1 w2 </s> assistant"]
+    assert format_chat(tokenizer, ["w1"], system="w9") == ["system w9 </s> user w1 </s> assistant"]
+
+
+@pytest.mark.parametrize("bad", [[], "w1"])
+def test_no_instructions(tokenizer, bad):
+    with pytest.raises(ValueError, match="at least one instruction"):
+        format_chat(tokenizer, bad)
+
+
+def test_no_chat_template():
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        format_chat(plain, ["w1"])
+
+
+def test_tokens_start_with_one_begin_of_text(tokenizer):
+    assert tokenize(tokenizer, "<s> w1").tolist() == [[1, 7]]
+    assert tokenize(tokenizer, "w1").tolist() == [[7]]
+
+
+def test_benign_instructions_need_no_input(tmp_path):
+    path = tmp_path / "alpaca.json"
+    path.write_text('[{"instruction": "a", "input": ""}, {"instruction": "b", "input": "c"}]')
+    assert load_benign(path) == ["a"]
+
+
+@given(st.integers(164, 600), st.integers(0, 99))
+def test_splits_are_disjoint_complete_and_fixed(count, seed):
+    parts = split(range(count), seed=seed)
+    together = parts.train + parts.fit + parts.validation + parts.test
+    assert sorted(together) == list(range(count))
+    assert (len(parts.fit), len(parts.validation), len(parts.test)) == (32, 32, 100)
+    assert parts == split(range(count), seed=seed)
+
+
+def test_seeds_shuffle_differently():
+    assert shuffled(range(50), seed=1) != shuffled(range(50), seed=2)
+
+
+def test_too_few_items():
+    with pytest.raises(ValueError, match="got 10 items, expected fit"):
+        split(range(10))

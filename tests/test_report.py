@@ -1,0 +1,52 @@
+import json
+import shutil
+
+import pytest
+
+from dctlib.report import markdown_text, number, percent, write_report
+from dctlib.store import ROOT
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A repository with the committed profiles and a writeup of one number."""
+    for folder in ("params", "writeup"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "figures" / "smoke").mkdir(parents=True)
+    (tmp_path / "figures" / "smoke" / "toy.json").write_text(json.dumps({"score": -7.25, "said": "<script>*x*"}))
+    (tmp_path / "writeup" / "paper.md").write_text(
+        "---\ntitle: Toy\n---\n\n# Result {#sec}\n\n$\\theta^2$: {{ toy.score | number }}, published "
+        "{{ published.synthetic.jacobian_init_10_iterations.mean_max_cosine }}. {{ toy.said | text }}\n"
+    )
+    return tmp_path
+
+
+def test_numbers_reach_html_and_pdf(root):
+    html, pdf = write_report("smoke", root)
+    text = html.read_text()
+    assert "−7.2" in text
+    assert "0.85" in text
+    assert "<math" in text
+    assert pdf.read_bytes().startswith(b"%PDF")
+    assert sorted(path.name for path in html.parent.iterdir()) == ["paper.html", "paper.pdf"]
+
+
+def test_what_a_model_said_is_shown_not_interpreted(root):
+    html, _ = write_report("smoke", root)
+    assert "<script>*x*" not in html.read_text()
+    assert "&lt;script&gt;*x*" in html.read_text()
+
+
+def test_a_missing_number_is_an_error_and_leaves_nothing(root):
+    (root / "figures" / "smoke" / "toy.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"needs a number that figures/smoke/ lacks"):
+        write_report("smoke", root)
+    assert not (root / "writeup" / "smoke").exists()
+
+
+def test_formats():
+    assert number(-7.25) == "−7.2"
+    assert number(7.25, 2) == "+7.25"
+    assert number(0.0) == "0.0"
+    assert percent(0.935) == "94 %"
+    assert markdown_text("a*b\n<c>") == r"a\*b \<c\>"
