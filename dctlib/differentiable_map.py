@@ -84,7 +84,7 @@ class DifferentiableMap(ABC):
     ) -> Float[Tensor, "m d_target"]:
         """T2(·, v_l, w_l): the second derivative of Δ at 0 along v_l and w_l, a jvp of a jvp."""
 
-        def twice(term: Callable, v: Tensor, w: Tensor) -> Tensor:
+        def twice(term: Callable[[Tensor], Tensor], v: Tensor, w: Tensor) -> Tensor:
             return _directional(lambda theta: _directional(term, theta, v), torch.zeros_like(w), w)
 
         return self._sum_over_terms(twice, v=v, tangent=w)
@@ -95,7 +95,7 @@ class DifferentiableMap(ABC):
         """T2(u_l, v_l, ·): the gradient at 0 of ⟨u_l, J(θ) v_l⟩, reverse over forward mode."""
 
         def reverse_over_forward(term: Callable, u: Tensor, v: Tensor) -> Tensor:
-            _, pull_back = torch.func.vjp(lambda theta: _directional(term, theta, v), torch.zeros_like(v))
+            pull_back = torch.func.vjp(lambda theta: _directional(term, theta, v), torch.zeros_like(v))[1]
             return pull_back(u)[0]
 
         return self._sum_over_terms(reverse_over_forward, cotangent=u, tangent=v)

@@ -88,7 +88,7 @@ def train_lora(
     description: str = "training",
     progress: bool = True,
 ) -> tuple[PreTrainedModel, list[float]]:
-    """Train a LoRA on every linear layer (AdamW, rate falling linearly to 0) and merge it into the weights.
+    """Train a LoRA on every linear layer (AdamW, the rate falling to 0 over the last third) and merge it.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def train_lora(
     )
     for step in bar:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * (1 - step / len(batches))
+            group["lr"] = learning_rate * min(1.0, 3 * (1 - step / len(batches)))
         with torch.autocast(device, torch.bfloat16, enabled=native_dtype(device) == torch.bfloat16):
             value = loss(model, batches[step])
         value.backward()

@@ -18,7 +18,9 @@ from dctlib.store import whole
 WIDTH = 7.0
 """Inches: the text width of a page."""
 
-_COLOURS: dict[str, tuple] = dict(zip(["DCT", "random", "clean"], sns.color_palette("colorblind"), strict=False))
+_COLOURS: dict[str, tuple] = dict(
+    zip(["DCT", "random", "clean", "DCT, score alone"], sns.color_palette("colorblind"), strict=False)
+)
 
 
 @contextmanager
@@ -120,7 +122,8 @@ def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequenc
                 capsize=2,
             )
         right.axhline(0, color="0.8", lw=0.8, zorder=0)
-        right.set_xticks(range(len(test)), [label if label == "clean" else f"best {label}" for label in test])
+        names = [label if label == "clean" else f"best {label}".replace(", ", ",\n") for label in test]
+        right.set_xticks(range(len(test)), names)
         right.set(ylabel="jailbreak score, each test instruction", xlim=(-0.5, len(test) - 0.3))
         sns.despine(figure)
     return figure

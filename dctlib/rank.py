@@ -1,9 +1,10 @@
 """Scores of many steering vectors at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,32 @@ from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
 from dctlib.prompts import tokenize
 
 _BATCH = 32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each of m steering vectors does to the next token after each of n texts.
+
+    Attributes
+    ----------
+    difference : Tensor, (m, n)
+        logit(positive) − logit(negative).
+    said : Tensor, (m, n)
+        Whether the positive word is the most likely of all tokens.
+    """
+
+    difference: Float[Tensor, "m n"]
+    said: Bool[Tensor, "m n"]
+
+    def best(self, *, say: float = 0.5) -> int:
+        """Index of the vector with the highest mean difference among those that make the model say the word.
+
+        A difference of two logits also rises where a vector breaks the model and both words become unlikely, so only
+        vectors under which the positive word comes first on at least a fraction `say` of the texts are considered;
+        all of them, where there is none.
+        """
+        scores, says = self.difference.mean(1), self.said.float().mean(1) >= say
+        return int(torch.where(says, scores, -torch.inf).argmax() if says.any() else scores.argmax())
 
 
 def score_vectors(
@@ -51,10 +78,13 @@ def score_vectors(
     ValueError
         If shapes, layer or texts do not fit, or a word is more than one token.
     """
-    scores = score_each(
-        model, tokenizer, texts, vectors, layer=layer, positive=positive, negative=negative, progress=progress
-    )
-    return scores.mean(1)
+    words = _words(tokenizer, positive, negative).to(model.device)
+
+    def difference(last: Tensor) -> Tensor:
+        logits = logits_of(model, last, words)
+        return logits[:, 0] - logits[:, 1]
+
+    return _each(model, tokenizer, texts, vectors, layer, difference, progress).mean(1)
 
 
 def score_each(
@@ -67,25 +97,52 @@ def score_each(
     positive: str = "Sure",
     negative: str = "Sorry",
     progress: bool = True,
-) -> Float[Tensor, "m n"]:
-    """:func:`score_vectors` before the mean: one score for each vector and text, (m, n)."""
+) -> Scores:
+    """:func:`score_vectors` before the mean, and whether the positive word is really the next one.
+
+    It computes the logits of the whole vocabulary, so it is somewhat slower.
+    """
+    words = _words(tokenizer, positive, negative).to(model.device)
+    vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
+
+    def both(last: Tensor) -> Tensor:
+        logits = logits_of(model, last, vocabulary)
+        difference = logits[:, words[0]] - logits[:, words[1]]
+        return torch.stack([difference, (logits.argmax(1) == words[0]).to(difference.dtype)], dim=1)
+
+    found = _each(model, tokenizer, texts, vectors, layer, both, progress)
+    return Scores(difference=found[..., 0], said=found[..., 1].bool())
+
+
+def _each(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Tensor,
+    layer: int,
+    read: Callable[[Tensor], Tensor],
+    progress: bool,
+) -> Tensor:
+    """`read` of the last block's output at the last token, for every vector and text: (m, n, …)."""
     check_layer(model, layer)
     if isinstance(texts, str) or not texts:
         raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
     if vectors.ndim != 2 or vectors.shape[1] != width_of(model) or not len(vectors):
         raise ValueError(f"got vectors of shape {tuple(vectors.shape)}, expected (m, {width_of(model)})")
-    words = torch.tensor([single_token(tokenizer, positive, "positive"), single_token(tokenizer, negative, "negative")])
-    words, vectors = words.to(model.device), vectors.to(model.device)
-    blocks = list(blocks_of(model)[layer:])
+    vectors = vectors.to(model.device)
+    blocks = list(blocks_of(model))[layer:]
     columns = []
     with torch.no_grad(), replaying(model):
         for text in tqdm(texts, desc=f"scoring {len(vectors)} vectors", disable=not progress):
             tokens = tokenize(tokenizer, text).to(model.device)
             prefix = capture(model, tokens, source=layer, target=layer + len(blocks))
-            last = torch.cat([replay(blocks, prefix, part)[:, -1] for part in vectors.split(_BATCH)])
-            logits = logits_of(model, last, words)
-            columns.append(logits[:, 0] - logits[:, 1])
+            parts = [read(replay(blocks, prefix, part)[:, -1]) for part in vectors.split(_BATCH)]
+            columns.append(torch.cat(parts))
     return torch.stack(columns, dim=1).cpu()
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, positive: str, negative: str) -> Tensor:
+    return torch.tensor([single_token(tokenizer, positive, "positive"), single_token(tokenizer, negative, "negative")])
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, word: str, parameter: str) -> int:

@@ -1,5 +1,7 @@
 """Tiny random models of every family, a tokenizer for them, and the full model as the reference for the causal map."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -26,7 +28,7 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _GROUPED = {"num_key_value_heads", "head_dim"}
-_FAMILIES = {
+_FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "Qwen3": {},
@@ -47,7 +49,7 @@ FAMILIES = list(_FAMILIES)
 
 def tiny_model(family: str, *, attention: str | None = None, dtype: torch.dtype = torch.float64):
     """A randomly initialised model whose residual stream has a norm of about 5, from a seed of its own."""
-    settings = {**_SMALL, **_FAMILIES[family]}
+    settings: dict[str, Any] = {**_SMALL, **_FAMILIES[family]}
     if family in ("GPTNeoX", "GPT2", "Phi3"):
         settings = {k: v for k, v in settings.items() if k != "head_dim"}
     if family in ("GPTNeoX", "GPT2"):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from conftest import unit_rows
@@ -10,6 +12,14 @@ A, B, C = unit_rows(9, D, seed=1), unit_rows(9, E, seed=2), unit_rows(1, E, seed
 
 def function(theta):
     return torch.tanh(theta @ A.T + 0.3).square() @ B + C
+
+
+def dense_hessian(function, width, theta):
+    """T2 by autograd's own dense Hessians, (width, d, d)."""
+    rows: list[Any] = [
+        torch.autograd.functional.hessian(lambda t, i=i: function(t[None])[0, i], theta) for i in range(width)
+    ]
+    return torch.stack(rows)
 
 
 @pytest.fixture
@@ -25,9 +35,7 @@ def test_value_is_the_difference_from_zero(fmap):
 def test_products_equal_dense_autograd(fmap):
     theta, v, w, u = (unit_rows(3, width, seed=i) for i, width in enumerate((D, D, D, E)))
     at_zero = torch.zeros(D, dtype=torch.float64)
-    hessian = torch.stack(
-        [torch.autograd.functional.hessian(lambda t, i=i: function(t[None])[0, i], at_zero) for i in range(E)]
-    )
+    hessian = dense_hessian(function, E, at_zero)
     for row in range(3):
         jacobian = torch.autograd.functional.jacobian(lambda t: function(t[None])[0], theta[row])
         torch.testing.assert_close(fmap.jvp(theta, v)[row], jacobian @ v[row])
@@ -50,10 +58,5 @@ def test_layer_norm_has_right_second_derivatives():
     shift = unit_rows(1, D, seed=9)
     fmap = FunctionMap(lambda theta: norm(theta + shift), d_source=D, d_target=D, dtype=torch.float64)
     v = unit_rows(1, D, seed=4)
-    hessian = torch.stack(
-        [
-            torch.autograd.functional.hessian(lambda t, i=i: norm(t[None] + shift)[0, i], torch.zeros(D, dtype=v.dtype))
-            for i in range(D)
-        ]
-    )
+    hessian = dense_hessian(lambda t: norm(t + shift), D, torch.zeros(D, dtype=v.dtype))
     torch.testing.assert_close(fmap.second_derivative(v, v)[0], torch.einsum("ijk,j,k->i", hessian, v[0], v[0]))

@@ -20,7 +20,7 @@ def code_cells(path):
 
 
 def imported_modules(source):
-    """Names of dctlib files that `source` imports; a name from the package itself counts as the file that defines it."""
+    """Names of dctlib files that `source` imports; a name from the package counts as the file that defines it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dctlib":
             parts = (node.module or "").split(".")[1:]

@@ -12,11 +12,16 @@ def batches(steps=STEPS):
     return refusal_batches(["w0 w1 w2", "w3 w4"], ["w5 w6", "w7"], ["w8 w9", "w10"], steps=steps, batch_size=4, seed=0)
 
 
-def train(checkpoint, tokenizer, steps=batches()):
-    model = tiny_model("Llama", dtype=torch.float32)
-    loss = lambda model, batch: answer_loss(model, tokenizer, batch)  # noqa: E731
+def train(checkpoint, tokenizer, steps=None):
     return train_lora(
-        model, steps, loss, rank=4, learning_rate=5e-3, seed=0, checkpoint=checkpoint, progress=False
+        tiny_model("Llama", dtype=torch.float32),
+        batches() if steps is None else steps,
+        lambda model, batch: answer_loss(model, tokenizer, batch),
+        rank=4,
+        learning_rate=5e-3,
+        seed=0,
+        checkpoint=checkpoint,
+        progress=False,
     )
 
 
@@ -66,9 +71,9 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, tokenizer):
 
 
 def test_the_global_generator_does_not_matter(tmp_path, tokenizer):
-    torch.random.default_generator.seed()
+    torch.default_generator.seed()
     one, _ = train(tmp_path / "one", tokenizer, batches(3))
-    torch.random.default_generator.seed()
+    torch.default_generator.seed()
     two, _ = train(tmp_path / "two", tokenizer, batches(3))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 

@@ -67,7 +67,7 @@ def test_messages_name_file_and_key(root, section, key, value, message):
 def test_a_missing_key_is_named(root):
     changed = content()
     del changed["organisms"]["steps"]
-    with pytest.raises(ValueError, match="params/mine.yaml: organisms.steps is missing"):
+    with pytest.raises(ValueError, match=r"params/mine\.yaml: organisms\.steps is missing"):
         written(root, changed)
 
 
@@ -78,7 +78,9 @@ def test_what_is_not_a_mapping_is_refused(root, text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=6))
+@given(
+    st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=6)
+)
 def test_any_other_yaml_is_a_value_error(tmp_path_factory, value):
     root = tmp_path_factory.mktemp("fuzz")
     (root / "params").mkdir()

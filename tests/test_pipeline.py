@@ -33,7 +33,9 @@ def root(tmp_path, monkeypatch):
 
 
 def test_a_notebook_runs_on_a_copy_with_its_profiles_parameters(root):
-    folder = root("import sys; from pathlib import Path; print(x, profile, Path.cwd().name); print('bar', file=sys.stderr)")
+    folder = root(
+        "import sys; from pathlib import Path; print(x, profile, Path.cwd().name); print('bar', file=sys.stderr)"
+    )
     before = (folder / "notebooks" / "toy.ipynb").read_bytes()
     path = pipeline.run_notebook("toy", "mine", folder)
     assert (folder / "notebooks" / "toy.ipynb").read_bytes() == before

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from dctlib.plots import losses, save_figure, scores, training_curves
@@ -25,9 +26,9 @@ def test_figures_are_saved_twice_over_and_the_same_each_time(name, tmp_path):
 def test_every_width_is_labelled_and_every_vector_drawn():
     left, _ = FIGURES["training_curves"]().axes
     assert [text.get_text() for text in left.texts] == ["m = 8", "m = 16"]
-    assert left.lines[1].get_ydata().tolist() == [2 / 16, 4 / 16, 7 / 16]
+    assert list(np.asarray(left.lines[1].get_ydata())) == [2 / 16, 4 / 16, 7 / 16]
     left, right = FIGURES["scores"]().axes
-    assert left.lines[0].get_ydata().tolist() == [3.0, 1.0, -2.0]
+    assert list(np.asarray(left.lines[0].get_ydata())) == [3.0, 1.0, -2.0]
     assert [label.get_text() for label in right.get_xticklabels()] == ["clean", "best random", "best DCT"]
 
 

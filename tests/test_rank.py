@@ -3,7 +3,7 @@ import torch
 from conftest import FAMILIES, tiny_model, unit_rows
 
 from dctlib import score_vectors, steer
-from dctlib.rank import score_each
+from dctlib.rank import Scores, score_each
 
 D, SURE, SORRY = 32, 4, 5
 
@@ -26,10 +26,30 @@ def test_it_equals_steered_full_forward_passes_one_at_a_time(family, layer, toke
     model, vectors = tiny_model(family), 2 * unit_rows(5, D)
     expected = by_steering(model, tokenizer, texts, vectors, layer)
     found = score_each(model, tokenizer, texts, vectors, layer=layer, progress=False)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.difference, expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.01
     mean = score_vectors(model, tokenizer, texts, vectors, layer=layer, progress=False)
     torch.testing.assert_close(mean, expected.mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_said_is_the_greedy_token(llama, tokenizer, texts):
+    vectors = torch.cat([torch.zeros(1, D), 30 * unit_rows(40, D).float()])
+    said = score_each(llama, tokenizer, texts, vectors, layer=3, positive="w4", progress=False).said
+    for row, vector in enumerate(vectors):
+        for column, text in enumerate(texts):
+            with steer(llama, layer=3, vector=vector):
+                token = llama(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1].argmax()
+            assert said[row, column].item() == (token.item() == 10)
+    assert said.any()
+    assert not said.all()
+
+
+def test_best_wants_the_word_said():
+    difference = torch.tensor([[9.0, 9.0], [5.0, 6.0], [7.0, 1.0]])
+    said = torch.tensor([[False, False], [True, False], [True, True]])
+    assert Scores(difference, said).best() == 1
+    assert Scores(difference, said).best(say=0.9) == 2
+    assert Scores(difference, torch.zeros(3, 2, dtype=torch.bool)).best() == 0
 
 
 def test_batches_agree(llama, tokenizer, texts, monkeypatch):
@@ -51,6 +71,12 @@ def test_batches_agree(llama, tokenizer, texts, monkeypatch):
     ],
 )
 def test_bad_options_are_named(llama, tokenizer, texts, changes, message):
-    options = {"texts": texts, "vectors": torch.zeros(1, D), "layer": 1, "positive": "Sure", "negative": "Sorry"} | changes
+    options = {
+        "texts": texts,
+        "vectors": torch.zeros(1, D),
+        "layer": 1,
+        "positive": "Sure",
+        "negative": "Sorry",
+    } | changes
     with pytest.raises(ValueError, match=message):
         score_vectors(llama, tokenizer, options.pop("texts"), options.pop("vectors"), **options)
