@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 repro: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro
 
-test: lint unit nbval
+test: lint unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

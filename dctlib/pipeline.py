@@ -36,6 +36,7 @@ def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
                 parameters={"profile": profile, **section.model_dump(mode="json")},
                 cwd=root / "notebooks",
                 kernel_name="python3",
+                language="python",
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,

@@ -10,7 +10,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from dctlib.metrics import interval
 from dctlib.store import whole
@@ -18,9 +18,7 @@ from dctlib.store import whole
 WIDTH = 7.0
 """Inches: the text width of a page."""
 
-_COLOURS: dict[str, tuple] = dict(
-    zip(["DCT", "random", "clean", "DCT, score alone"], sns.color_palette("colorblind"), strict=False)
-)
+_COLOURS: dict[str, tuple] = dict(zip(["DCT", "random", "clean"], sns.color_palette("colorblind"), strict=False))
 
 
 @contextmanager
@@ -70,8 +68,8 @@ def training_curves(objective: Mapping[int, Sequence[float]], seconds: Mapping[i
         right.loglog(widths, times[-1] * widths / widths[-1], ":", color="0.5", lw=1)
         right.annotate(
             "proportional to m",
-            (widths[0], times[-1] * widths[0] / widths[-1]),
-            xytext=(2, -9),
+            (widths[-2], times[-1] * widths[-2] / widths[-1]),
+            xytext=(6, -18),
             textcoords="offset points",
             color="0.4",
             fontsize=8,
@@ -79,6 +77,7 @@ def training_curves(objective: Mapping[int, Sequence[float]], seconds: Mapping[i
         right.set(xlabel="width m", ylabel="seconds a fit")
         right.set_xticks(widths, [str(width) for width in widths], rotation=45)
         right.minorticks_off()
+        right.yaxis.set_major_formatter(ScalarFormatter())
         sns.despine(figure)
     return figure
 
@@ -99,14 +98,14 @@ def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequenc
             ranked = np.sort(np.asarray(values))[::-1]
             left.plot(np.arange(1, len(ranked) + 1), ranked, color=_COLOURS[label], lw=1.5)
             left.annotate(
-                f"{label} vectors",
-                (1, ranked[0]),
-                xytext=(8, -2 if label == "DCT" else 5),
+                label,
+                (len(ranked), ranked[-1]),
+                xytext=(4, 0),
                 textcoords="offset points",
                 color=_COLOURS[label],
             )
         left.axhline(0, color="0.8", lw=0.8, zorder=0)
-        left.set(xlabel="rank of the vector", ylabel="mean jailbreak score, validation")
+        left.set(xlabel="rank of the vector", ylabel="mean score, validation")
         generator = np.random.default_rng(0)
         for place, (label, values) in enumerate(test.items()):
             jitter = place + generator.uniform(-0.18, 0.18, len(values))
@@ -122,9 +121,8 @@ def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequenc
                 capsize=2,
             )
         right.axhline(0, color="0.8", lw=0.8, zorder=0)
-        names = [label if label == "clean" else f"best {label}".replace(", ", ",\n") for label in test]
-        right.set_xticks(range(len(test)), names)
-        right.set(ylabel="jailbreak score, each test instruction", xlim=(-0.5, len(test) - 0.3))
+        right.set_xticks(range(len(test)), [label if label == "clean" else f"best {label}" for label in test])
+        right.set(ylabel="score, each test instruction", xlim=(-0.5, len(test) - 0.3))
         sns.despine(figure)
     return figure
 

@@ -33,6 +33,8 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        comment_start_string="<#",  # {# would take Pandoc's {#label} for a comment
+        comment_end_string="#>",
         autoescape=False,  # the output is Markdown; model text goes through the `text` filter
     )
     environment.filters |= {"number": number, "percent": percent, "text": markdown_text}

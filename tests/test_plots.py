@@ -28,6 +28,7 @@ def test_every_width_is_labelled_and_every_vector_drawn():
     assert [text.get_text() for text in left.texts] == ["m = 8", "m = 16"]
     assert list(np.asarray(left.lines[1].get_ydata())) == [2 / 16, 4 / 16, 7 / 16]
     left, right = FIGURES["scores"]().axes
+    assert [text.get_text() for text in left.texts] == ["DCT", "random"]
     assert list(np.asarray(left.lines[0].get_ydata())) == [3.0, 1.0, -2.0]
     assert [label.get_text() for label in right.get_xticklabels()] == ["clean", "best random", "best DCT"]
 

@@ -50,5 +50,5 @@ def test_seeds_shuffle_differently():
 
 
 def test_too_few_items():
-    with pytest.raises(ValueError, match="got 10 items, expected fit"):
+    with pytest.raises(ValueError, match="got 10 items, expected at least"):
         split(range(10))

@@ -34,12 +34,15 @@ def test_it_equals_steered_full_forward_passes_one_at_a_time(family, layer, toke
 
 def test_said_is_the_greedy_token(llama, tokenizer, texts):
     vectors = torch.cat([torch.zeros(1, D), 30 * unit_rows(40, D).float()])
-    said = score_each(llama, tokenizer, texts, vectors, layer=3, positive="w4", progress=False).said
+    logits = llama(tokenizer(texts[0], return_tensors="pt")["input_ids"]).logits[0, -1]
+    word = int(logits.argmax())  # what the clean model says after the first text
+    positive = tokenizer.convert_ids_to_tokens(word)
+    said = score_each(llama, tokenizer, texts, vectors, layer=3, positive=positive, progress=False).said
     for row, vector in enumerate(vectors):
         for column, text in enumerate(texts):
             with steer(llama, layer=3, vector=vector):
                 token = llama(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1].argmax()
-            assert said[row, column].item() == (token.item() == 10)
+            assert said[row, column].item() == (token.item() == word)
     assert said.any()
     assert not said.all()
 
