@@ -68,7 +68,7 @@ def training_curves(objective: Mapping[int, Sequence[float]], seconds: Mapping[i
         right.loglog(widths, times[-1] * widths / widths[-1], ":", color="0.5", lw=1)
         right.annotate(
             "proportional to m",
-            (widths[-2], times[-1] * widths[-2] / widths[-1]),
+            (widths[-2:][0], times[-1] * widths[-2:][0] / widths[-1]),
             xytext=(6, -18),
             textcoords="offset points",
             color="0.4",

@@ -9,6 +9,7 @@ FIGURES = {
         {"DCT": [3.0, 1.0, -2.0], "random": [-5.0, -6.0, -7.0]},
         {"clean": [-8.0, -7.0], "random": [-6.0, -5.5], "DCT": [5.0, 6.0]},
     ),
+    "one_width": lambda: training_curves({8: [1.0, 2.0]}, {8: 1.0}),
     "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
 }
 
