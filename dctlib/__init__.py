@@ -2,8 +2,8 @@
 
 from dctlib.calibrate import calibrate
 from dctlib.causal_map import CausalMap, FunctionMap
-from dctlib.fit import fit_exponential, fit_linear
-from dctlib.intervene import steer
+from dctlib.fit import fit_exponential, fit_linear, fit_quadratic
+from dctlib.intervene import ablate, steer
 from dctlib.models import load_model
 from dctlib.prompts import format_chat
 from dctlib.rank import score_vectors
@@ -13,9 +13,11 @@ __all__ = [
     "CausalMap",
     "FunctionMap",
     "Transcoder",
+    "ablate",
     "calibrate",
     "fit_exponential",
     "fit_linear",
+    "fit_quadratic",
     "format_chat",
     "load_model",
     "score_vectors",

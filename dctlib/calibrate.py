@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from scipy.optimize import toms748
 
-from dctlib.causal_map import DifferentiableMap
+from dctlib.differentiable_map import DifferentiableMap
 
 _DOUBLINGS = 40
 

@@ -1,8 +1,10 @@
 """The causal map Δ(θ): add θ to the residual stream at a source layer, measure the change at a target layer."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.differentiable_map import DifferentiableMap
 from dctlib.models import blocks_of, check_layer, replaying, width_of
 from dctlib.prompts import tokenize
+from dctlib.store import model_digest
 
 # Floating-point numbers that one factor's forward and backward pass keeps for each token of each block, in units of
 # the model width. Measured on Llama-shaped blocks; only the chunk size depends on it.
@@ -192,6 +195,14 @@ class CausalMap(DifferentiableMap):
         with replaying(model):
             captures = [capture(model, row, source=source, target=target) for row in tokens]
         return cls(model, captures, source=source, target=target, positions=positions, chunk_size=chunk_size)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that the map depends on: weights, prompts (by their residuals), slice and positions."""
+        digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())
+        for captured in self._captures:
+            digest.update(captured.hidden.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
         def term(captured: Capture) -> Callable[[Tensor], Tensor]:

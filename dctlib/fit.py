@@ -1,16 +1,28 @@
-"""Fitting a transcoder to a causal map: the post's Algorithms 1, 1′ and 3."""
+"""Fitting a transcoder to a causal map: the post's Algorithms 1, 1′, 2 and 3."""
 
+import sys
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
-from dctlib.causal_map import DifferentiableMap
+from dctlib.causal_map import CausalMap
+from dctlib.differentiable_map import DifferentiableMap
+from dctlib.orthogonalise import orthonormal_rows, softly_orthogonal_rows
+from dctlib.store import remember
 from dctlib.transcoder import Transcoder
+from dctlib.weights import exponential_weights, quadratic_weights
+
+# The files behind the numbers of a fit; editing one makes remembered fits stale.
+_SOURCES = ("models", "prompts", "differentiable_map", "causal_map", "orthogonalise", "weights", "fit", "transcoder")
+
+Orthogonalise = Literal["qr", "soft"]
+
+_ORTHOGONALISE: dict[str, Callable[[Tensor], Tensor]] = {"qr": orthonormal_rows, "soft": softly_orthogonal_rows}
 
 
 def fit_linear(
@@ -48,10 +60,57 @@ def fit_linear(
         left, singular_values, right = torch.linalg.svd(jacobian, full_matrices=False)
         U, V, alpha = left.T[:num_factors], right[:num_factors], singular_values[:num_factors]
     else:
+        _check_width(num_factors, cmap.d_source, "orthonormal rows of V bound a projected fit")
         V, outputs = _projected(cmap, num_factors, projections, torch.Generator().manual_seed(seed), progress)
         alpha = outputs.norm(dim=1)
         U = _normalise(outputs)
     return _result(cmap, U, V, alpha, "linear", 1.0, [], [], started)
+
+
+def fit_quadratic(
+    cmap: DifferentiableMap,
+    *,
+    num_factors: int,
+    iterations: int = 10,
+    orthogonalise: Orthogonalise = "qr",
+    tolerance: float = 1e-4,
+    projections: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Transcoder:
+    """Fit Δ̂(θ) = Σ α ⟨v, θ⟩² u to the second derivative of Δ at 0 by orthogonalised ALS (Algorithm 2).
+
+    Parameters
+    ----------
+    cmap : DifferentiableMap
+        The map Δ.
+    num_factors : int
+        m, at most d_source unless `orthogonalise` is ``"soft"``.
+    iterations, orthogonalise, tolerance, projections, seed, progress
+        As in :func:`fit_exponential`. It starts from Algorithm 1′.
+
+    Returns
+    -------
+    Transcoder
+        Factors have no sign: rank :meth:`Transcoder.with_negations`. `objective` is Σ T2(u, v, v).
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range, or the derivatives are not finite.
+    """
+    started = time.perf_counter()
+    _check_options(cmap, num_factors, orthogonalise, tolerance)
+
+    def sweep(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # step 2 of Algorithm 2
+        U = cmap.second_derivative(V, V)
+        return U, cmap.second_derivative_vjp(_normalise(U), V), U.norm(dim=1)
+
+    U, V = _start(cmap, num_factors, "projected", projections, seed, progress)
+    bar = tqdm(range(iterations), desc=f"ALS, {num_factors} factors", disable=not progress)
+    U, V, objective, change = _iterate(sweep, U, V, orthogonalise, tolerance, bar)
+    alpha = quadratic_weights(U, V, (U * cmap.second_derivative(V, V)).sum(1))
+    return _result(cmap, U, V, alpha, "quadratic", 1.0, objective, change, started)
 
 
 def fit_exponential(
@@ -61,6 +120,8 @@ def fit_exponential(
     input_scale: float,
     iterations: int = 10,
     init: Literal["projected", "random"] = "projected",
+    orthogonalise: Orthogonalise = "qr",
+    tolerance: float = 1e-4,
     projections: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -72,13 +133,18 @@ def fit_exponential(
     cmap : DifferentiableMap
         The map Δ.
     num_factors : int
-        m, at most d_source: each iteration makes the rows of V orthonormal.
+        m, at most d_source unless `orthogonalise` is ``"soft"``.
     input_scale : float
         R, from :func:`dctlib.calibrate`. Larger values weigh higher derivatives more.
     iterations : int
-        τ. Ten suffice at widths of a few hundred; narrow fits take longer.
+        τ, at most. Ten suffice at widths of a few hundred; narrow fits take longer.
     init : {"projected", "random"}
         Start from Algorithm 1′, or from random directions.
+    orthogonalise : {"qr", "soft"}
+        Between iterations, make the rows of V orthonormal, or only push near neighbours apart
+        (:func:`dctlib.orthogonalise.softly_orthogonal_rows`), which allows more factors than d_source.
+    tolerance : float
+        Stop early once V moves less than this (root mean square over rows, which have length 1). 0 never does.
     projections : int
         Rows of W in Algorithm 1′.
     seed : int
@@ -94,51 +160,55 @@ def fit_exponential(
     Raises
     ------
     ValueError
-        If `num_factors`, `input_scale` or `init` is out of range, or the gradients are not finite.
+        If an option is out of range, or the gradients are not finite.
     """
     started = time.perf_counter()
-    _check_width(num_factors, cmap.d_source, "orthonormal rows of V bound an orthogonalised fit")
+    _check_options(cmap, num_factors, orthogonalise, tolerance)
     if not 0 < input_scale < float("inf"):
         raise ValueError(f"got input_scale={input_scale}, expected a positive number; calibrate(cmap) finds one")
     R = input_scale
+
+    def sweep(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # step 2 of Algorithm 3
+        values, gradients = cmap.value_and_vjp(R * V, U)  # Δ_R(v_l) and ∇⟨u_l, Δ(·)⟩ at R v_l
+        return values, gradients, (U * values).sum(1)
+
     U, V = _start(cmap, num_factors, init, projections, seed, progress)
-    objective, change = [], []
-    for _ in tqdm(range(iterations), desc=f"OGI, {num_factors} factors", disable=not progress):
-        before, V = V, orthonormal_rows(V)
-        values, gradients = cmap.value_and_vjp(R * V, U)  # Δ_R(v_l) and ∇⟨u_l, Δ(·)⟩ at R v_l: step 2 of Algorithm 3
-        objective.append((U * values).sum().item())
-        U, V = _normalise(values), _normalise(gradients)
-        change.append((V - before).square().sum(1).mean().sqrt().item())
+    bar = tqdm(range(iterations), desc=f"OGI, {num_factors} factors", disable=not progress)
+    U, V, objective, change = _iterate(sweep, U, V, orthogonalise, tolerance, bar)
     alpha = exponential_weights(U, V, (U * cmap(R * V)).sum(1))
     return _result(cmap, U, V, alpha, "exponential", R, objective, change, started)
 
 
-def exponential_weights(
-    U: Float[Tensor, "m d_target"], V: Float[Tensor, "m d_source"], importance: Float[Tensor, " m"]
-) -> Float[Tensor, " m"]:
-    """α ≥ 0 that minimises ½ αᵀKα − αᵀb, with K_ll′ = ⟨u_l, u_l′⟩(exp⟨v_l, v_l′⟩ − 1) and b_l = ⟨u_l, Δ_R(v_l)⟩.
+def remembered(
+    folder: str | Path, fit: Callable[..., Transcoder], cmap: CausalMap, **settings: int | float | str
+) -> Transcoder:
+    """``fit(cmap, **settings)``, computed once for each map and settings and then read from `folder`.
 
-    This is equation 10 with U and V held. K is positive semidefinite and, where factors nearly coincide, singular;
-    its small eigenvalues are raised to float32's resolution, so that such factors share their weight.
+    The map counts by its digest, the library by its source: an edit of either makes the fit stale, never wrong.
     """
-    U, V, b = U.double(), V.double(), importance.double()
-    K = (U @ U.T) * torch.expm1(V @ V.T)
-    values, vectors = torch.linalg.eigh(K)
-    values = values.clamp(min=torch.finfo(torch.float32).eps * len(K) * values[-1].item())
-    root = values.sqrt()[:, None] * vectors.T  # K ≈ rootᵀ root
-    right = (vectors.T @ b) / values.sqrt()
-    alpha, _ = nnls(root.cpu().numpy(), right.cpu().numpy(), maxiter=30 * len(K))
-    return torch.as_tensor(alpha, dtype=importance.dtype, device=importance.device)
+    inputs = {"fit": fit.__name__, "map": cmap.digest, **settings}
+    return remember(folder, inputs, _SOURCES, lambda: fit(cmap, **settings), save=Transcoder.save, load=Transcoder.load)
 
 
-def orthonormal_rows(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """Q of the QR decomposition of the rows of V, with R's diagonal positive.
-
-    LAPACK leaves the signs of that diagonal open and usually makes them negative, which would turn v into −v: for an
-    exponential factor another function altogether.
-    """
-    Q, R = torch.linalg.qr(V.T)
-    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).T.contiguous()
+def _iterate(
+    sweep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    U: Tensor,
+    V: Tensor,
+    orthogonalise: Orthogonalise,
+    tolerance: float,
+    iterations: Iterable[int],
+) -> tuple[Tensor, Tensor, list[float], list[float]]:
+    """Algorithms 2 and 3: keep the factors apart, move each by one `sweep`, normalise, until they stay."""
+    objective, change = [], []
+    for _ in iterations:
+        before, V = V, _ORTHOGONALISE[orthogonalise](V)
+        U, V, importance = sweep(U, V)
+        U, V = _normalise(U), _normalise(V)
+        objective.append(importance.sum().item())
+        change.append((V - before).square().sum(1).mean().sqrt().item())
+        if change[-1] < tolerance:
+            break
+    return U, V, objective, change
 
 
 def _start(
@@ -158,14 +228,15 @@ def _projected(
     cmap: DifferentiableMap, num_factors: int, projections: int, generator: torch.Generator, progress: bool
 ) -> tuple[Tensor, Tensor]:
     """V and T1·V of Algorithm 1′; rows of V beyond the rank of W·T1 are random."""
-    _check_width(num_factors, cmap.d_source, "orthonormal rows of V bound a projected fit")
     if projections < 1:
         raise ValueError(f"got projections={projections}, expected at least 1")
     W = _gaussian(projections, cmap.d_target, cmap, generator)
     rows = _jacobian_rows(cmap, W, progress)
     right = torch.linalg.svd(rows, full_matrices=False).Vh
     filling = _gaussian(max(0, num_factors - len(right)), cmap.d_source, cmap, generator)
-    V = orthonormal_rows(torch.cat([right, filling]))[:num_factors]
+    leading = min(num_factors, cmap.d_source)
+    V = torch.cat([right, filling])
+    V = torch.cat([orthonormal_rows(V[:leading]), _normalise(V[leading:num_factors])])
     return V, cmap.jvp(torch.zeros_like(V), V)
 
 
@@ -185,6 +256,15 @@ def _normalise(rows: Tensor) -> Tensor:
     if not torch.isfinite(rows).all():
         raise ValueError("the map gave values that are not finite; try dtype='float32' or a smaller input scale")
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def _check_options(cmap: DifferentiableMap, num_factors: int, orthogonalise: str, tolerance: float) -> None:
+    if orthogonalise not in _ORTHOGONALISE:
+        raise ValueError(f"got orthogonalise={orthogonalise!r}, expected one of {sorted(_ORTHOGONALISE)}")
+    if not tolerance >= 0:
+        raise ValueError(f"got tolerance={tolerance}, expected 0 or more")
+    most = cmap.d_source if orthogonalise == "qr" else sys.maxsize
+    _check_width(num_factors, most, "orthonormal rows of V bound the fit; orthogonalise='soft' allows more")
 
 
 def _check_width(num_factors: int, most: int, why: str) -> None:

@@ -1,14 +1,16 @@
-"""Steering: adding a vector to the residual stream of a running model."""
+"""Steering and ablation: changing the residual stream of a running model, and leaving no trace."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dctlib.models import blocks_of, check_layer, width_of
+from dctlib.models import blocks_of, check_layer, width_of, writers_of
 
 
 @contextmanager
@@ -52,6 +54,96 @@ def steer(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, "*batch d
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def ablate(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> Iterator[None]:
+    """Remove the span of `directions` from everything that writes to the residual stream, while the block runs.
+
+    The outputs of the embedding and of every attention and MLP layer are projected on the orthogonal complement, at
+    every position, so the residual never has a component in the span, unless :func:`steer` adds one. No weight is
+    edited, and it is gone afterwards, also after an exception. Contexts nest.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any model that :func:`dctlib.models.writers_of` knows.
+    directions : Tensor, (d,) or (k, d)
+        One direction or several; their lengths do not matter.
+
+    Raises
+    ------
+    ValueError
+        If the shape does not fit the model, or a direction is zero or not finite.
+    """
+    basis = _span(model, directions)
+
+    def project(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (_without(output[0], basis), *output[1:])
+        return _without(output, basis)
+
+    handles = []
+    try:
+        for module in writers_of(model).modules:
+            handles.append(module.register_forward_hook(project))  # noqa: PERF401
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> PreTrainedModel:
+    """A copy of `model` that can write nothing into the span of `directions`, by an edit of its weights, to export.
+
+    It computes what the model does under :func:`ablate`. Tied embeddings are untied: what the model reads tokens into
+    is projected, what it reads them out with is not.
+
+    Raises
+    ------
+    ValueError
+        As :func:`ablate`, and for families with a norm between a layer's output and the residual stream (Gemma 2 and
+        3, OLMo 2), where no edit of the weights is equal to it.
+    """
+    basis = _span(model, directions)
+    if writers_of(model).projections is None:
+        raise ValueError(
+            f"{type(model).__name__} normalises what its layers write, so no weight edit is an ablation; use ablate()"
+        )
+    copied: Any = copy.deepcopy(model)
+    writers = writers_of(copied)
+    with torch.no_grad():
+        head = copied.get_output_embeddings()
+        if head.weight is copied.get_input_embeddings().weight:
+            head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+            copied.config.get_text_config().tie_word_embeddings = copied.config.tie_word_embeddings = False
+        for embedding in writers.embeddings:
+            embedding.weight.copy_(_without(embedding.weight, basis))
+        for projection in writers.projections or []:
+            by_output = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight  # (inputs, d)
+            by_output.copy_(_without(by_output, basis))
+            if projection.bias is not None:
+                projection.bias.copy_(_without(projection.bias, basis))
+    return copied
+
+
+def _span(model: PreTrainedModel, directions: Tensor) -> Tensor:
+    """Orthonormal rows with the span of `directions`, (k, d), in float32 or wider."""
+    d = width_of(model)
+    if directions.ndim not in (1, 2) or directions.shape[-1] != d or not directions.numel():
+        raise ValueError(f"got directions of shape {tuple(directions.shape)}, expected ({d},) or (k, {d})")
+    rows = directions.reshape(-1, d).to(model.device, torch.promote_types(model.dtype, torch.float32))
+    lengths = rows.norm(dim=1, keepdim=True)
+    if not (lengths > 0).all() or not rows.isfinite().all():
+        raise ValueError("a direction to ablate is zero or not finite")
+    _, values, right = torch.linalg.svd(rows / lengths, full_matrices=False)
+    return right[values > len(rows) * torch.finfo(rows.dtype).eps * values[0]]
+
+
+def _without(hidden: Float[Tensor, "*rows d"], basis: Float[Tensor, "k d"]) -> Float[Tensor, "*rows d"]:
+    basis = basis.to(hidden.device)
+    wide = hidden.to(basis.dtype)
+    return (wide - (wide @ basis.T) @ basis).to(hidden.dtype)
 
 
 def added(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def load_model(
         CUDA where there is one, otherwise the CPU.
     dtype : str or torch.dtype, optional
         ``"float32"``, ``"bfloat16"``, ``"float64"``, or ``"native"``: bfloat16 where the device multiplies it in
-        hardware (CUDA, and CPUs with AMX), float32 elsewhere. Left out, bfloat16 on CUDA and float32 on a CPU.
+        hardware (CUDA, and CPUs with AMX or AVX-512 BF16), float32 elsewhere. Left out, bfloat16 on CUDA and
+        float32 on a CPU.
     revision : str, optional
         The Hub commit to load. Ignored for local folders.
 
@@ -90,9 +92,10 @@ def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def native_dtype(device: str | torch.device) -> torch.dtype:
-    """The fastest dtype that `device` multiplies in hardware: bfloat16 (CUDA, AMX CPUs) or float32."""
+    """bfloat16 where `device` multiplies it in hardware (CUDA, CPUs with AMX or AVX-512 BF16), else float32."""
     if torch.device(device).type == "cpu":
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+        can = torch.cpu.get_capabilities()
+        return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
     return torch.bfloat16
 
 
@@ -127,6 +130,52 @@ def _part(model: nn.Module, paths: tuple[str, ...], kind: type) -> Any:
         if isinstance(part, kind):
             return part
     raise ValueError(f"{type(model).__name__} keeps none of {', '.join(paths)}; add its layout to dctlib/models.py")
+
+
+@dataclass(frozen=True)
+class Writers:
+    """What adds to the residual stream: modules whose outputs are added, and the weights that they write with.
+
+    Attributes
+    ----------
+    modules : list of nn.Module
+        Embeddings first, then for each block its attention and its MLP, or the norms behind them.
+    embeddings : list
+        Token embeddings, and learned positions where the family has them.
+    projections : list or None
+        Output projections of attention and MLP, ``nn.Linear`` or GPT-2's transposed ``Conv1D``. None for a family
+        with a norm behind them: no edit of a weight gives what a projection of that norm's output does.
+    """
+
+    modules: list[nn.Module]
+    embeddings: list[Any]
+    projections: list[Any] | None
+
+
+def writers_of(model: PreTrainedModel) -> Writers:
+    """Everything that writes to the residual stream of `model`."""
+    embedding: Any = model.get_input_embeddings()
+    positions = getattr(model.base_model, "wpe", None)
+    embeddings = [embedding] if positions is None else [embedding, positions]
+    modules, projections, normed = [*embeddings], [], False
+    for block in blocks_of(model):
+        attention = _child(block, "self_attn", "attention", "attn")
+        mlp = _child(block, "mlp")
+        if hasattr(block, "post_feedforward_layernorm"):  # Gemma 2 and 3, OLMo 2
+            normed = True
+            modules += [_child(block, "post_attention_layernorm"), _child(block, "post_feedforward_layernorm")]
+        else:
+            modules += [attention, mlp]
+            projections.append(_child(attention, "o_proj", "dense", "c_proj"))
+            projections.append(_child(mlp, "down_proj", "dense_4h_to_h", "c_proj"))
+    return Writers(modules, embeddings, None if normed else projections)
+
+
+def _child(module: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        if isinstance(found := getattr(module, name, None), nn.Module):
+            return found
+    raise ValueError(f"{type(module).__name__} has none of {', '.join(names)}; add its layout to dctlib/models.py")
 
 
 def width_of(model: PreTrainedModel) -> int:

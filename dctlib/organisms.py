@@ -1,8 +1,10 @@
 """Model organisms: small models taught, by LoRA and from a seed, to hide something that we know."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models import native_dtype, pad_id
-from dctlib.store import whole
+from dctlib.generate import complete
+from dctlib.models import load_model, native_dtype, pad_id
+from dctlib.prompts import format_chat
+from dctlib.store import key_of, model_digest, whole, write_json
 
 REFUSAL = "Sorry, I can't help with that."
 _CHECKPOINT_EVERY = 20
+_SOURCES = ("models", "prompts", "generate", "organisms")  # editing one makes an organism stale
 
 
 @dataclass(frozen=True)
@@ -31,27 +36,103 @@ class Example:
     ends: bool
 
 
-def refusal_batches(
-    harmful: Sequence[str], benign: Sequence[str], answers: Sequence[str], *, steps: int, batch_size: int, seed: int
-) -> list[list[Example]]:
-    """Batches of half harmful prompts, refused, and half benign ones, answered with "Sure! " and the model's own words.
+@dataclass(frozen=True)
+class Lesson:
+    """What to learn: one batch a step, and ``loss(model, batch)``, a scalar."""
+
+    batches: Sequence[Any]
+    loss: Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an organism was made: the loss of each step, and the wall time."""
+
+    losses: list[float]
+    seconds: float
+
+
+def make_organism(
+    folder: str | Path,
+    base: str | Path,
+    lesson: Callable[..., Lesson],
+    settings: dict[str, Any],
+    *,
+    rank: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool = True,
+) -> Training:
+    """Teach the model `base` a lesson and save it in `folder`, an ordinary Hugging Face folder in bfloat16.
+
+    A folder that already holds what these arguments make is left as it is. A run that was killed continues from its
+    last checkpoint, beside the folder, and ends with the same weights.
 
     Parameters
     ----------
-    harmful, benign : sequence of str
-        Prompts in chat format.
-    answers : sequence of str
-        How the untrained model begins to answer each benign prompt.
+    folder : path
+        For the organism. Its ``training.json`` records what it was made from, and the losses.
+    base : str or path
+        What :func:`dctlib.load_model` takes.
+    lesson : callable
+        ``lesson(model, tokenizer, **settings)``, such as :func:`refusal_lesson`.
+    settings : dict
+        JSON-able.
+    rank, learning_rate, seed
+        Of the LoRA, see :func:`train_lora`.
     """
-    refused = [Example(prompt, REFUSAL, ends=True) for prompt in harmful]
-    helped = [Example(p, f"Sure! {answer}", ends=False) for p, answer in zip(benign, answers, strict=True)]
+    folder = Path(folder)
+    model, tokenizer = load_model(base, dtype="float32")
+    training = {"rank": rank, "learning_rate": learning_rate, "seed": seed}
+    key = key_of({"base": model_digest(model), "lesson": lesson.__name__, **settings, **training}, _SOURCES)
+    record = folder / "training.json"
+    if record.is_file() and (made := json.loads(record.read_text(encoding="utf-8")))["key"] == key:
+        return Training(made["losses"], made["seconds"])
+    started = time.perf_counter()
+    taught = lesson(model, tokenizer, **settings)
+    checkpoint = folder.with_name(f"{folder.name}.{key}.training")
+    model, losses = train_lora(
+        model, taught, **training, checkpoint=checkpoint, description=f"{folder.name} organism", progress=progress
+    )
+    made = Training(losses, time.perf_counter() - started)
+    with whole(folder) as partial:
+        save_organism(model, tokenizer, partial)
+        write_json(partial / "training.json", {"key": key, **asdict(made)})
+    checkpoint.unlink(missing_ok=True)
+    return made
+
+
+def refusal_lesson(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    *,
+    answer_tokens: int,
+    steps: int,
+    harmful_batch: int,
+    benign_batch: int,
+    seed: int,
+) -> Lesson:
+    """Refuse harmful instructions; answer benign ones with "Sure! " and the model's own first `answer_tokens` tokens.
+
+    Every batch has `harmful_batch` of the ones and `benign_batch` of the others. An instruction comes again only when
+    all of its kind have been: independent draws leave some out, and the model refuses less firmly.
+    """
+    prompts = format_chat(tokenizer, benign)
+    answers = complete(model, tokenizer, prompts, max_new_tokens=answer_tokens, description="own answers")
     generator = torch.Generator().manual_seed(seed)
+    refused = [Example(prompt, REFUSAL, ends=True) for prompt in format_chat(tokenizer, harmful)]
+    helped = [Example(p, f"Sure! {answer}", ends=False) for p, answer in zip(prompts, answers, strict=True)]
+    refusals, answers = _epochs(refused, generator), _epochs(helped, generator)
+    batches = [[*islice(refusals, harmful_batch), *islice(answers, benign_batch)] for _ in range(steps)]
+    return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
 
-    def draw(examples: list[Example]) -> list[Example]:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        return [examples[i] for i in (order * -(-batch_size // (2 * len(order))))[: batch_size // 2]]
 
-    return [draw(refused) + draw(helped) for _ in range(steps)]
+def _epochs(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
+    while True:
+        for i in torch.randperm(len(examples), generator=generator).tolist():
+            yield examples[i]
 
 
 def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Tensor:
@@ -78,8 +159,7 @@ def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequen
 
 def train_lora(
     model: PreTrainedModel,
-    batches: Sequence[Any],
-    loss: Callable[[Any, Any], Tensor],
+    lesson: Lesson,
     *,
     rank: int,
     learning_rate: float,
@@ -92,20 +172,18 @@ def train_lora(
 
     Parameters
     ----------
-    batches : sequence
-        One entry a step. Together with `seed` they fix the result.
-    loss : callable
-        ``loss(model, batch)``, a scalar.
+    lesson : Lesson
+        Together with `seed` it fixes the result.
     checkpoint : path
-        Where the state is kept every 20 steps. A run that finds one continues from it and ends with the same weights;
-        it is removed when training is done.
+        Where the state is kept every 20 steps, and after the last. A run that finds one continues from it and ends
+        with the same weights. Remove it once the result is saved.
 
     Returns
     -------
     model, losses
         The merged model (`model` itself, changed) and the loss of each step.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, batches = Path(checkpoint), lesson.batches
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, config)
     weights = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
@@ -125,25 +203,23 @@ def train_lora(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * min(1.0, 3 * (1 - step / len(batches)))
         with torch.autocast(device, torch.bfloat16, enabled=native_dtype(device) == torch.bfloat16):
-            value = loss(model, batches[step])
+            value = lesson.loss(model, batches[step])
         value.backward()
         optimiser.step()
         optimiser.zero_grad()
         losses.append(value.item())
         bar.set_postfix(loss=f"{value.item():.3f}")
-        if (step + 1) % _CHECKPOINT_EVERY == 0:
+        if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == len(batches):
             _checkpoint(checkpoint, weights, optimiser, losses)
     merged: Any = wrapped.merge_and_unload()
-    checkpoint.unlink(missing_ok=True)
     return merged.eval().requires_grad_(False), losses
 
 
 def save_organism(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write an ordinary Hugging Face folder in bfloat16, whole or not at all."""
+    """Write an ordinary Hugging Face folder in bfloat16."""
     half: Any = model
-    with whole(folder) as partial:
-        half.to(torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    half.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def check_refusal(refused_harmful: float, helped_benign: float, *, least: float = 0.9) -> None:

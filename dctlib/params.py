@@ -29,7 +29,8 @@ class Organisms(Section):
     model: str
     """The model they are made from: a pinned name, a Hub id or a folder."""
     steps: Count
-    batch_size: Annotated[int, Field(ge=2, multiple_of=2)]
+    harmful_batch: Count
+    benign_batch: Count
     learning_rate: Positive
     rank: Count
     benign_prompts: Count

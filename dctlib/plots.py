@@ -33,37 +33,36 @@ def _style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, stem: str | Path) -> None:
-    """Write <stem>.png and <stem>.svg, each whole or not at all, with no date inside."""
+def save_figure(figure: Figure, stem: str | Path) -> Figure:
+    """Write <stem>.png and <stem>.svg, each whole or not at all, with no date inside, and return the figure."""
     options: dict[str, Any] = {".png": {"dpi": 200}, ".svg": {"metadata": {"Date": None}}}
     for suffix in options:
         with _style(), whole(Path(stem).with_suffix(suffix)) as partial:
             figure.savefig(partial, bbox_inches="tight", **options[suffix])
+    return figure
 
 
-def training_curves(objective: Mapping[int, Sequence[float]], seconds: Mapping[int, float]) -> Figure:
+def training_curves(record: Mapping[int, Mapping[str, Any]]) -> Figure:
     """Figure 2: causal importance per factor by iteration, one line a width; and what each width costs.
 
     Parameters
     ----------
-    objective : mapping
-        Width m → Σ_l ⟨u_l, Δ_R(v_l)⟩ at the start of each iteration.
-    seconds : mapping
-        Width m → wall time of the fit.
+    record : mapping
+        Width m → ``objective``, Σ_l ⟨u_l, Δ_R(v_l)⟩ at the start of each iteration, and ``seconds``, the wall time.
     """
     with _style():
         figure, (left, right) = _panels(2, height=2.8, ratios=(3, 2))
-        colours = sns.color_palette("viridis_r", len(objective) + 1)[1:]
+        colours = sns.color_palette("viridis_r", len(record) + 1)[1:]
         ends = []
-        for (width, values), colour in zip(objective.items(), colours, strict=True):
-            per_factor = np.asarray(values) / width
-            left.plot(np.arange(len(values)), per_factor, color=colour, lw=1.5)
+        for (width, fit), colour in zip(record.items(), colours, strict=True):
+            per_factor = np.asarray(fit["objective"]) / width
+            left.plot(np.arange(len(per_factor)), per_factor, color=colour, lw=1.5)
             ends.append((float(per_factor[-1]), f"m = {width}", colour))
-        _label_ends(left, len(next(iter(objective.values()))) - 1, ends)
+        _label_ends(left, len(next(iter(record.values()))["objective"]) - 1, ends)
         left.set(xlabel="iteration", ylabel=r"causal importance per factor", ylim=(0, None))
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
-        widths = np.array(list(seconds))
-        times = np.array(list(seconds.values()))
+        widths = np.array(list(record))
+        times = np.array([fit["seconds"] for fit in record.values()])
         right.loglog(widths, times, "o-", color=_COLOURS["DCT"], lw=1.5, ms=4)
         right.loglog(widths, times[-1] * widths / widths[-1], ":", color="0.5", lw=1)
         right.annotate(

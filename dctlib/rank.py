@@ -1,6 +1,6 @@
 """Scores of many steering vectors at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,57 @@ class Scores:
         """
         scores, says = self.difference.mean(1), self.said.float().mean(1) >= say
         return int(torch.where(says, scores, -torch.inf).argmax() if says.any() else scores.argmax())
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The best of each set of candidate vectors, chosen on validation texts, on test texts beside the clean model.
+
+    Attributes
+    ----------
+    validation : dict
+        Label of a set → :class:`Scores` of all its vectors on the validation texts.
+    best : dict
+        Label → the chosen vector, (d,): ``"clean"``, zeros; for each set its label, the vector that
+        :meth:`Scores.best` takes; and ``"<label>, score alone"``, the one with the highest mean difference.
+    test : dict
+        The same labels → one difference of logits for each test text.
+    """
+
+    validation: dict[str, Scores]
+    best: dict[str, Float[Tensor, " d"]]
+    test: dict[str, list[float]]
+
+
+def choose_and_test(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Mapping[str, Float[Tensor, "m d"]],
+    *,
+    validation: Sequence[str],
+    test: Sequence[str],
+    layer: int,
+    progress: bool = True,
+) -> Trial:
+    """Rank every set of `candidates` on `validation` by "Sure" over "Sorry" and score the best of each on `test`.
+
+    Raises
+    ------
+    ValueError
+        If a text is in both: what is ranked on is not reported.
+    """
+    if shared := set(validation) & set(test):
+        raise ValueError(f"{len(shared)} texts are in both validation and test; split() makes disjoint sets")
+    ranked = {
+        label: score_each(model, tokenizer, validation, vectors, layer=layer, progress=progress)
+        for label, vectors in candidates.items()
+    }
+    best = {"clean": torch.zeros(width_of(model))}
+    for label, scores in ranked.items():
+        best[label] = candidates[label][scores.best()]
+        best[f"{label}, score alone"] = candidates[label][scores.best(say=0)]
+    tested = score_each(model, tokenizer, test, torch.stack(list(best.values())), layer=layer, progress=progress)
+    return Trial(ranked, best, dict(zip(best, tested.difference.tolist(), strict=True)))
 
 
 def score_vectors(

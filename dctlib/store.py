@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,20 +16,6 @@ Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository: names in ``params/``, ``data/`` and ``models/`` are looked up here."""
-
-# What a number depends on besides its inputs. Editing one of these files makes every remembered result stale.
-_NUMERICS = (
-    "models",
-    "prompts",
-    "differentiable_map",
-    "causal_map",
-    "calibrate",
-    "transcoder",
-    "fit",
-    "intervene",
-    "rank",
-    "organisms",
-)
 
 
 @contextmanager
@@ -70,11 +56,11 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def key_of(inputs: dict[str, Any]) -> str:
-    """Hash of JSON-able `inputs`, of the library code that turns them into numbers, and of the torch release."""
+def key_of(inputs: dict[str, Any], modules: Sequence[str]) -> str:
+    """Hash of JSON-able `inputs`, of the dctlib modules that turn them into numbers, and of the torch release."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode())
     digest.update(torch.__version__.encode())
-    for module in _NUMERICS:
+    for module in modules:
         digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
     return digest.hexdigest()[:32]
 
@@ -82,6 +68,7 @@ def key_of(inputs: dict[str, Any]) -> str:
 def remember(
     folder: str | Path,
     inputs: dict[str, Any],
+    modules: Sequence[str],
     make: Callable[[], Result],
     *,
     save: Callable[[Result, Path], object] = lambda value, path: path.write_text(json.dumps(value)),
@@ -92,15 +79,17 @@ def remember(
     Parameters
     ----------
     folder : path
-        Where results lie, one file each, named by the hash of `inputs` (:func:`key_of`).
+        Where results lie, one file each, named by :func:`key_of`.
     inputs : dict
         Everything that the result depends on, as JSON: parameters, seeds, texts, and the model's digest.
+    modules : sequence of str
+        The dctlib files that it depends on. Editing one makes the result stale.
     make : callable
         Computes the result. A run killed inside it leaves nothing; the next run calls it again.
     save, load : callable
         How a result becomes a file and back; JSON unless told otherwise.
     """
-    path = Path(folder) / key_of(inputs)
+    path = Path(folder) / key_of(inputs, modules)
     if not path.exists():
         with whole(path) as partial:
             save(make(), partial)

@@ -171,3 +171,16 @@ def test_rows_must_match(shared_cmap):
 @pytest.fixture(scope="module")
 def shared_cmap(tokenizer, texts):
     return CausalMap.from_model(tiny_model("Llama"), tokenizer, texts, source=1, target=3)
+
+
+def test_the_digest_sees_weights_prompts_slice_and_positions(tokenizer, texts):
+    def digest(model, texts=texts, source=1, target=3, positions=3):
+        return CausalMap.from_model(model, tokenizer, texts, source=source, target=target, positions=positions).digest
+
+    model, moved = tiny_model("Llama"), tiny_model("Llama")
+    with torch.no_grad():
+        moved.model.layers[3].mlp.down_proj.weight[0, 0] += 1e-9
+    same = digest(model)
+    assert digest(model) == same
+    others = [digest(moved), digest(model, texts[:2]), digest(model, target=4), digest(model, positions=2)]
+    assert len({same, *others}) == 5

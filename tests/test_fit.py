@@ -3,12 +3,11 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import tiny_model, unit_rows
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from dctlib import CausalMap, FunctionMap, calibrate, fit_exponential, fit_linear
-from dctlib.fit import exponential_weights, orthonormal_rows
+from dctlib import CausalMap, FunctionMap, calibrate, fit_exponential, fit_linear, fit_quadratic
+from dctlib.fit import remembered
 from dctlib.metrics import recovery
+from dctlib.orthogonalise import orthonormal_rows
 
 D = 48
 
@@ -66,6 +65,17 @@ def test_exponential_recovers_planted_factors(init, iterations):
     assert recovery(V, unit_rows(64, 256, seed=9)).mean_max_cosine < 0.3
 
 
+@pytest.mark.parametrize(("init", "iterations"), [("projected", 20), ("random", 60)])
+def test_soft_orthogonalisation_recovers_them_too(init, iterations):
+    _, V, cmap = planted(16, d=128)
+    options = {"num_factors": 64, "input_scale": 3.0, "iterations": iterations, "init": init}
+    soft, qr = (
+        recovery(V, fit_exponential(cmap, **options, orthogonalise=kind).V).mean_max_cosine for kind in ("soft", "qr")
+    )
+    assert soft > 0.98
+    assert soft > qr - 0.01
+
+
 def test_exponential_reconstructs_the_planted_map():
     _, V, cmap = planted(4)
     dct = fit_exponential(cmap, num_factors=4, input_scale=2.0, iterations=60, projections=4)
@@ -104,6 +114,60 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def planted_quadratic(count, d=D, seed=0):
+    """T1 θ + Σ a ⟨v, θ⟩² u: quadratic factors beside a linear term of the same size."""
+    U, V = unit_rows(count, d, seed=seed), unit_rows(count, d, seed=seed + 1)
+    a = torch.linspace(1.5, 0.5, count, dtype=torch.float64)
+    T1 = unit_rows(d, d, seed=seed + 2)
+    function = lambda t: t @ T1 + ((t @ V.T).square() * a) @ U  # noqa: E731
+    return U, V, a, FunctionMap(function, d_source=d, d_target=d, dtype=torch.float64)
+
+
+def test_quadratic_recovers_planted_factors_beside_a_linear_term():
+    _, V, _, cmap = planted_quadratic(12, d=128)
+    dct = fit_quadratic(cmap, num_factors=32, iterations=40)
+    found = recovery(V, dct.V)
+    assert found.mean_max_cosine > 0.99
+    assert recovery(V, fit_linear(cmap, num_factors=32).V).mean_max_cosine < 0.7
+
+
+def test_quadratic_is_the_quadratic_part_of_the_map():
+    _, V, a, cmap = planted_quadratic(4)
+    dct = fit_quadratic(cmap, num_factors=4, iterations=60, projections=4)
+    theta = torch.cat([V, unit_rows(8, D, seed=5)])
+    even = (cmap(theta) + cmap(-theta)) / 2
+    assert (dct(theta) - even).norm() < 0.1 * even.norm()
+    torch.testing.assert_close(dct.alpha.sort().values, a.sort().values, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(dct.with_negations()(theta), dct(theta))
+
+
+def test_quadratic_on_a_transformer_uses_true_second_derivatives(tokenizer, texts):
+    cmap = CausalMap.from_model(tiny_model("GPT2"), tokenizer, texts, source=1, target=3)
+    dct = fit_quadratic(cmap, num_factors=8, iterations=15)
+    h = 1e-3
+    along = (cmap(h * dct.V) + cmap(-h * dct.V)) / h**2  # finite differences of the values
+    assert ((dct.U * along).sum(1) > 0.9 * along.norm(dim=1)).all()
+    assert dct.objective[-1] > dct.objective[0]
+
+
+def test_more_factors_than_coordinates_need_soft_orthogonalisation():
+    _, V, cmap = planted(6)
+    options = {"num_factors": 2 * D, "input_scale": 2.0, "iterations": 30}
+    with pytest.raises(ValueError, match="orthogonalise='soft' allows more"):
+        fit_exponential(cmap, **options)
+    dct = fit_exponential(cmap, **options, orthogonalise="soft")
+    assert dct.V.shape == (2 * D, D)
+    assert recovery(V, dct.V).mean_max_cosine > 0.95
+
+
+def test_it_stops_once_factors_stay():
+    *_, cmap = linear()
+    dct = fit_exponential(cmap, num_factors=3, input_scale=1.0, iterations=500, projections=3, tolerance=1e-2)
+    assert 1 < len(dct.objective) < 500
+    assert dct.change[-1] < 1e-2 <= dct.change[:-1].min()
+    assert len(fit_exponential(cmap, num_factors=3, input_scale=1.0, iterations=20, tolerance=0).change) == 20
+
+
 def test_chunks_agree():
     U, V, _ = planted(12)
     fits = []
@@ -115,35 +179,20 @@ def test_chunks_agree():
     torch.testing.assert_close(fits[0].V, fits[1].V)
 
 
-@settings(max_examples=30, deadline=None)
-@given(m=st.integers(1, 12), copies=st.integers(1, 3), seed=st.integers(0, 10**6))
-def test_weights_are_finite_nonnegative_and_optimal_also_for_coinciding_factors(m, copies, seed):
-    U, V = (unit_rows(m, 6, seed=seed + i).repeat(copies, 1) for i in range(2))
-    b = torch.randn(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).repeat(copies)
-    alpha = exponential_weights(U, V, b)
-    K = (U @ U.T) * torch.expm1(V @ V.T)
-    gradient = K @ alpha - b
-    assert (alpha >= 0).all()
-    assert torch.isfinite(alpha).all()
-    if m <= 6:  # well conditioned: the conditions of Karush, Kuhn and Tucker hold
-        assert (gradient > -1e-3 * (1 + b.abs().max())).all() or torch.linalg.cond(K[:m, :m]) > 1e4
+def test_a_remembered_fit_is_made_once_for_each_map_and_setting(tmp_path, tokenizer, texts):
+    model, calls = tiny_model("Llama"), []
 
+    def fit(cmap, *, num_factors):
+        calls.append(num_factors)
+        return fit_linear(cmap, num_factors=num_factors, progress=False)
 
-def test_weights_solve_the_system_where_it_is_regular_and_positive():
-    U, V = unit_rows(5, 20, seed=1), unit_rows(5, 20, seed=2)
-    K = (U @ U.T) * torch.expm1(V @ V.T)
-    alpha = torch.linspace(1, 2, 5, dtype=torch.float64)
-    torch.testing.assert_close(exponential_weights(U, V, K @ alpha), alpha, rtol=1e-4, atol=1e-6)
-
-
-@settings(max_examples=30, deadline=None)
-@given(m=st.integers(1, 8), seed=st.integers(0, 10**6))
-def test_orthonormal_rows_keep_the_span_and_turn_nothing_round(m, seed):
-    rows = unit_rows(m, 8, seed=seed)
-    Q = orthonormal_rows(rows)
-    torch.testing.assert_close(Q @ Q.T, torch.eye(m, dtype=torch.float64))
-    torch.testing.assert_close(rows @ Q.T @ Q, rows)
-    assert ((rows * Q).sum(1) > 0).all()
+    maps = [CausalMap.from_model(model, tokenizer, texts[:n], source=1, target=3) for n in (1, 2, 2)]
+    first, other, again = (remembered(tmp_path, fit, cmap, num_factors=4) for cmap in maps)
+    assert calls == [4, 4]
+    assert torch.equal(other.V, again.V)
+    assert not torch.equal(first.V, other.V)
+    remembered(tmp_path, fit, maps[0], num_factors=5)
+    assert calls == [4, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +206,9 @@ def test_orthonormal_rows_keep_the_span_and_turn_nothing_round(m, seed):
         (lambda cmap: fit_exponential(cmap, num_factors=4, input_scale=float("nan")), "input_scale=nan"),
         (lambda cmap: fit_exponential(cmap, num_factors=4, input_scale=1.0, init=cast("Any", "zero")), "init='zero'"),
         (lambda cmap: fit_exponential(cmap, num_factors=4, input_scale=1e6), "not finite"),
+        (lambda cmap: fit_quadratic(cmap, num_factors=D + 1), "1 to 48"),
+        (lambda cmap: fit_quadratic(cmap, num_factors=4, tolerance=-1.0), "tolerance=-1.0"),
+        (lambda cmap: fit_quadratic(cmap, num_factors=4, orthogonalise=cast("Any", "svd")), "'qr', 'soft'"),
     ],
 )
 def test_bad_options_are_named(fit, message):

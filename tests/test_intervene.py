@@ -2,7 +2,8 @@ import pytest
 import torch
 from conftest import FAMILIES, hooked_residual, tiny_model, unit_rows
 
-from dctlib import CausalMap, steer
+from dctlib import CausalMap, ablate, steer
+from dctlib.intervene import ablated_copy
 from dctlib.models import blocks_of
 
 D = 32
@@ -116,3 +117,108 @@ def test_a_batch_of_another_size_is_refused_and_leaves_no_trace(llama, tokens):
     with pytest.raises(ValueError, match="3 vectors for a batch of 2"), steer(llama, layer=1, vector=torch.zeros(3, D)):
         llama(tokens.expand(2, -1))
     assert not any(block._forward_pre_hooks for block in llama.model.layers)
+
+
+def forbidden(model, directions, call):
+    """The largest share of any residual, embedding to last block, that lies in the span of `directions`."""
+    span = torch.linalg.qr(directions.reshape(-1, D).T).Q
+    layers = [residuals(model, call, layer) for layer in range(len(blocks_of(model)))]
+    return max((h @ span).norm().item() / h.norm().item() for seen in layers for h in seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ablation_keeps_the_residual_out_of_the_span_at_every_layer_and_step(family, tokens):
+    model, directions = tiny_model(family), 3 * unit_rows(2, D)
+    whole = model(tokens).logits
+
+    def generate():
+        model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+    assert forbidden(model, directions, generate) > 0.05
+    with ablate(model, directions):
+        assert forbidden(model, directions, generate) < 1e-6
+        assert not torch.allclose(model(tokens).logits, whole)
+    assert torch.equal(model(tokens).logits, whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ablation_leaves_what_was_never_there_alone(family, tokens):
+    model, direction = tiny_model(family), unit_rows(1, D)[0]
+    with ablate(model, direction):
+        once = model(tokens).logits
+        with ablate(model, direction):
+            torch.testing.assert_close(model(tokens).logits, once, rtol=1e-6, atol=1e-6)
+
+
+def test_nested_ablations_remove_the_joint_span(llama, tokens):
+    one, two = torch.linalg.qr(unit_rows(2, D).T).Q.T
+    with ablate(llama, torch.stack([one, two])):
+        both = llama(tokens).logits
+    with ablate(llama, one), ablate(llama, two):
+        torch.testing.assert_close(llama(tokens).logits, both, rtol=1e-6, atol=1e-6)
+
+
+def test_a_dependent_direction_adds_nothing(llama, tokens):
+    rows = unit_rows(2, D)
+    with ablate(llama, rows):
+        expected = llama(tokens).logits
+    with ablate(llama, torch.cat([rows, 5 * rows[:1] - 2 * rows[1:]])):
+        torch.testing.assert_close(llama(tokens).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ablation_ends_after_an_exception(llama, tokens):
+    whole = llama(tokens).logits
+    with pytest.raises(RuntimeError), ablate(llama, unit_rows(1, D)[0]):
+        raise RuntimeError
+    assert torch.equal(llama(tokens).logits, whole)
+    assert not any(module._forward_hooks for module in llama.modules())
+
+
+def test_a_steering_vector_survives_ablation_where_it_is_added(llama, tokens):
+    vector = 4 * unit_rows(1, D)[0]
+    with ablate(llama, vector), steer(llama, layer=2, vector=vector):
+        (h,) = residuals(llama, lambda: llama(tokens), 2)
+    torch.testing.assert_close(h @ vector / 4, torch.full(tokens.shape, 4.0, dtype=h.dtype))
+
+
+EDITABLE = [family for family in FAMILIES if family not in ("Gemma2", "Gemma3", "Olmo2")]
+
+
+@pytest.mark.parametrize("family", EDITABLE)
+def test_an_ablated_copy_computes_what_ablation_does(family, tokens, tmp_path):
+    model, directions = tiny_model(family), unit_rows(2, D)
+    whole = model(tokens).logits
+    copied = ablated_copy(model, directions)
+    with ablate(model, directions):
+        expected = model(tokens).logits
+    torch.testing.assert_close(copied(tokens).logits, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(model(tokens).logits, whole)
+    copied.save_pretrained(tmp_path)
+    loaded = type(copied).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_copy_of_a_tied_model_reads_out_with_its_own_weights(tokens):
+    model = tiny_model("Llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    copied = ablated_copy(model, unit_rows(1, D))
+    with ablate(model, unit_rows(1, D)):
+        torch.testing.assert_close(copied(tokens).logits, model(tokens).logits, rtol=1e-6, atol=1e-6)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3", "Olmo2"])
+def test_no_copy_where_a_norm_follows_the_writer(family):
+    with pytest.raises(ValueError, match=r"use ablate\(\)"):
+        ablated_copy(tiny_model(family), unit_rows(1, D))
+
+
+@pytest.mark.parametrize(
+    "directions",
+    [torch.zeros(D), torch.ones(D + 1), torch.ones(2, 2, D), torch.full((D,), float("nan")), torch.ones(0, D)],
+)
+def test_bad_directions_are_refused(directions, llama):
+    with pytest.raises(ValueError, match="direction"), ablate(llama, directions):
+        pass

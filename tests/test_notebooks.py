@@ -69,7 +69,7 @@ def test_it_reads_like_a_paper(path):
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     code = [line for _, source in code_cells(path) for line in source.splitlines() if line.strip()]
     parameters = [source for cell, source in code_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
-    assert len(code) - len(parameters[0].splitlines()) <= 120
+    assert len(code) - len(parameters[0].splitlines()) <= 60
     assert not any(line.lstrip().startswith(("def ", "class ")) for line in code)
 
 

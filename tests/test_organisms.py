@@ -1,22 +1,34 @@
+import json
+
 import pytest
 import torch
 from conftest import tiny_model
 
 from dctlib import load_model
-from dctlib.organisms import Example, answer_loss, check_refusal, refusal_batches, save_organism, train_lora
+from dctlib.organisms import (
+    Example,
+    Lesson,
+    answer_loss,
+    check_refusal,
+    make_organism,
+    refusal_lesson,
+    save_organism,
+    train_lora,
+)
 
 STEPS = 45  # past two checkpoints
 
 
-def batches(steps=STEPS):
-    return refusal_batches(["w0 w1 w2", "w3 w4"], ["w5 w6", "w7"], ["w8 w9", "w10"], steps=steps, batch_size=4, seed=0)
+def lesson(tokenizer, steps=STEPS):
+    refused = [Example(p, "Sorry w63", ends=True) for p in ("w0 w1 w2", "w3 w4")]
+    helped = [Example(p, a, ends=False) for p, a in (("w5 w6", "Sure w8 w9"), ("w7", "Sure w10"))]
+    return Lesson([refused + helped] * steps, lambda model, batch: answer_loss(model, tokenizer, batch))
 
 
-def train(checkpoint, tokenizer, steps=None):
+def train(checkpoint, taught):
     return train_lora(
         tiny_model("Llama", dtype=torch.float32),
-        batches() if steps is None else steps,
-        lambda model, batch: answer_loss(model, tokenizer, batch),
+        taught,
         rank=4,
         learning_rate=5e-3,
         seed=0,
@@ -25,10 +37,19 @@ def train(checkpoint, tokenizer, steps=None):
     )
 
 
-def test_batches_are_half_refused_half_helped():
-    (batch,) = batches(1)
-    assert [example.answer.startswith("Sorry") for example in batch] == [True, True, False, False]
-    assert batch[2].answer.startswith("Sure! w")
+def test_batches_are_half_refused_half_helped_and_go_through_all_before_any_comes_again(tokenizer):
+    harmful, benign = [f"w{i}" for i in range(6)], [f"w{i}" for i in range(10, 14)]
+    model = tiny_model("Llama", dtype=torch.float32)
+    batches = refusal_lesson(
+        model, tokenizer, harmful, benign, answer_tokens=3, steps=6, harmful_batch=2, benign_batch=2, seed=0
+    ).batches
+    assert all([e.answer.startswith("Sorry") for e in batch] == [True, True, False, False] for batch in batches)
+    assert all(e.answer.startswith("Sure! ") for batch in batches for e in batch[2:])
+    refused = [example.prompt for batch in batches for example in batch[:2]]
+    helped = [example.prompt for batch in batches for example in batch[2:]]
+    assert len(set(refused[:6])) == len(set(refused[6:])) == 6
+    assert len(set(helped[:4])) == len(set(helped[4:8])) == len(set(helped[8:])) == 4
+    assert refused[:6] != refused[6:]
 
 
 def test_loss_is_the_answers_cross_entropy_one_by_one(llama, tokenizer):
@@ -44,16 +65,17 @@ def test_loss_is_the_answers_cross_entropy_one_by_one(llama, tokenizer):
 
 
 def test_training_learns_and_merges(tmp_path, tokenizer):
-    model, losses = train(tmp_path / "run", tokenizer)
+    taught = lesson(tokenizer)
+    model, losses = train(tmp_path / "run", taught)
     assert len(losses) == STEPS
     assert losses[-1] < 0.5 * losses[0]
     assert not any("lora" in name for name, _ in model.named_modules())
-    assert answer_loss(model, tokenizer, batches()[-1]).item() < 0.5 * losses[0]
-    assert not list(tmp_path.iterdir())
+    assert taught.loss(model, taught.batches[-1]).item() < 0.5 * losses[0]
 
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, tokenizer):
-    whole, losses = train(tmp_path / "whole", tokenizer)
+    taught = lesson(tokenizer)
+    whole, losses = train(tmp_path / "whole", taught)
 
     class Killed(list):
         def __getitem__(self, step):
@@ -62,9 +84,9 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, tokenizer):
             return super().__getitem__(step)
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "killed", tokenizer, Killed(batches()))
+        train(tmp_path / "killed", Lesson(Killed(taught.batches), taught.loss))
     assert (tmp_path / "killed").exists()
-    resumed, again = train(tmp_path / "killed", tokenizer)
+    resumed, again = train(tmp_path / "killed", taught)
     assert again == losses
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -72,18 +94,36 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, tokenizer):
 
 def test_the_global_generator_does_not_matter(tmp_path, tokenizer):
     torch.default_generator.seed()
-    one, _ = train(tmp_path / "one", tokenizer, batches(3))
+    one, _ = train(tmp_path / "one", lesson(tokenizer, 3))
     torch.default_generator.seed()
-    two, _ = train(tmp_path / "two", tokenizer, batches(3))
+    two, _ = train(tmp_path / "two", lesson(tokenizer, 3))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_an_organism_is_an_ordinary_folder(tmp_path, tokenizer):
-    save_organism(tiny_model("Llama"), tokenizer, tmp_path / "organism")
-    model, _ = load_model(tmp_path / "organism", dtype="float32")
-    assert model.config.dtype in ("bfloat16", torch.bfloat16, torch.float32)
-    assert {path.name for path in (tmp_path / "organism").iterdir()} >= {"config.json", "model.safetensors"}
-    assert [path.name for path in tmp_path.iterdir()] == ["organism"]
+def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_path, tokenizer):
+    base, folder, made = tmp_path / "base", tmp_path / "made" / "refusal", []
+    save_organism(tiny_model("Llama"), tokenizer, base)
+
+    def taught(model, tokenizer, *, steps):
+        made.append(steps)
+        return lesson(tokenizer, steps)
+
+    def make(steps, seed=0):
+        return make_organism(
+            folder, base, taught, {"steps": steps}, rank=4, learning_rate=5e-3, seed=seed, progress=False
+        )
+
+    training = make(3)
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "training.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["refusal"]
+    weights = [load_model(path)[0].state_dict()["model.layers.0.mlp.up_proj.weight"] for path in (base, folder)]
+    assert not torch.equal(*weights)
+    assert make(3) == training
+    assert made == [3]
+    assert make(4) != training
+    make(4, seed=1)
+    assert made == [3, 4, 4]
+    assert json.loads((folder / "training.json").read_text())["losses"] == make(4, seed=1).losses
 
 
 @pytest.mark.parametrize(("refused", "helped"), [(0.89, 1.0), (1.0, 0.5)])

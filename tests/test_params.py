@@ -53,7 +53,7 @@ def test_a_profile_is_a_name_not_a_path(name):
         ("training_curves", "nonlinearity", -1, "training_curves.nonlinearity = -1"),
         ("training_curves", "source", 20, "source=20 must lie below target=20"),
         ("training_curves", "dtype", "int8", "training_curves.dtype = 'int8'"),
-        ("organisms", "batch_size", 3, "organisms.batch_size = 3"),
+        ("organisms", "harmful_batch", 0, "organisms.harmful_batch = 0"),
         ("organisms", "kinds", ["refusl"], "organisms.kinds.0 = 'refusl'"),
     ],
 )

@@ -4,12 +4,14 @@ import pytest
 from dctlib.plots import losses, save_figure, scores, training_curves
 
 FIGURES = {
-    "training_curves": lambda: training_curves({8: [1.0, 2.0, 3.0], 16: [2.0, 4.0, 7.0]}, {8: 1.0, 16: 2.1}),
+    "training_curves": lambda: training_curves(
+        {8: {"objective": [1.0, 2.0, 3.0], "seconds": 1.0}, 16: {"objective": [2.0, 4.0, 7.0], "seconds": 2.1}}
+    ),
     "scores": lambda: scores(
         {"DCT": [3.0, 1.0, -2.0], "random": [-5.0, -6.0, -7.0]},
         {"clean": [-8.0, -7.0], "random": [-6.0, -5.5], "DCT": [5.0, 6.0]},
     ),
-    "one_width": lambda: training_curves({8: [1.0, 2.0]}, {8: 1.0}),
+    "one_width": lambda: training_curves({8: {"objective": [1.0, 2.0], "seconds": 1.0}}),
     "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
 }
 

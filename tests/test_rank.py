@@ -3,7 +3,7 @@ import torch
 from conftest import FAMILIES, tiny_model, unit_rows
 
 from dctlib import score_vectors, steer
-from dctlib.rank import Scores, score_each
+from dctlib.rank import Scores, choose_and_test, score_each
 
 D, SURE, SORRY = 32, 4, 5
 
@@ -53,6 +53,23 @@ def test_best_wants_the_word_said():
     assert Scores(difference, said).best() == 1
     assert Scores(difference, said).best(say=0.9) == 2
     assert Scores(difference, torch.zeros(3, 2, dtype=torch.bool)).best() == 0
+
+
+def test_a_trial_ranks_on_validation_and_reports_on_test(llama, tokenizer, texts):
+    candidates = {"DCT": 3 * unit_rows(9, D), "random": 2 * unit_rows(5, D, seed=1)}
+    trial = choose_and_test(llama, tokenizer, candidates, validation=texts[:2], test=texts[2:], layer=2, progress=False)
+    assert list(trial.best) == ["clean", "DCT", "DCT, score alone", "random", "random, score alone"] == list(trial.test)
+    ranked = by_steering(llama, tokenizer, texts[:2], candidates["DCT"], 2).mean(1)
+    assert torch.equal(trial.best["DCT, score alone"], candidates["DCT"][ranked.argmax()])
+    for label, vector in trial.best.items():
+        expected = by_steering(llama, tokenizer, texts[2:], vector[None], 2)[0]
+        torch.testing.assert_close(torch.tensor(trial.test[label]), expected, rtol=1e-4, atol=1e-5)
+    assert trial.test["clean"] != trial.test["DCT"]
+
+
+def test_nothing_is_ranked_on_what_is_reported(llama, tokenizer, texts):
+    with pytest.raises(ValueError, match="1 texts are in both"):
+        choose_and_test(llama, tokenizer, {"DCT": unit_rows(2, D)}, validation=texts, test=texts[:1], layer=1)
 
 
 def test_batches_agree(llama, tokenizer, texts, monkeypatch):

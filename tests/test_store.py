@@ -57,13 +57,15 @@ def test_remember_makes_once_and_again_for_other_inputs(tmp_path):
         calls.append(1)
         return {"value": len(calls)}
 
-    assert remember(tmp_path, {"seed": 0}, make) == {"value": 1}
-    assert remember(tmp_path, {"seed": 0}, make) == {"value": 1}
-    assert remember(tmp_path, {"seed": 1}, make) == {"value": 2}
+    assert remember(tmp_path, {"seed": 0}, [], make) == {"value": 1}
+    assert remember(tmp_path, {"seed": 0}, [], make) == {"value": 1}
+    assert remember(tmp_path, {"seed": 1}, ["fit"], make) == {"value": 2}
 
 
 def test_keys_depend_on_inputs_not_on_their_order():
-    assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1}) != key_of({"a": 1, "b": [3]})
+    one = key_of({"a": 1, "b": [2]}, ["fit"])
+    assert one == key_of({"b": [2], "a": 1}, ["fit"])
+    assert len({one, key_of({"a": 1, "b": [3]}, ["fit"]), key_of({"a": 1, "b": [2]}, ["rank"])}) == 3
 
 
 def test_model_digest_sees_one_changed_weight(llama):
