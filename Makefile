@@ -9,12 +9,12 @@ SMOKE := build/smoke
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro test lint unit smoke nbval notebook lock clean help
+.PHONY: repro test lint unit smoke nbval bench notebook lock clean help
 
 repro: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro
 
-test: lint unit
+test: lint unit nbval
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,6 +35,9 @@ smoke: $(READY)
 
 nbval: smoke
 	cd $(SMOKE) && PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=1200 notebooks
+
+bench: $(READY)
+	PYTHONPATH="$$PWD" $(BIN)/python benchmarks/bench.py
 
 notebook: $(READY)
 	$(BIN)/jupyter lab notebooks
@@ -59,5 +62,6 @@ clean:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make smoke   the whole pipeline at smoke size, in build/smoke"
+	@echo "make bench   what the engine costs here, into benchmarks/results/"
 	@echo "make notebook   open the notebooks in Jupyter"
 	@echo "make lock    rewrite requirements.lock"

@@ -21,6 +21,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _layers_in_order(section: Any) -> Any:
+    if section.source >= section.target:
+        raise ValueError(f"source={section.source} must lie below target={section.target}")
+    return section
+
+
 class Organisms(Section):
     """notebooks/organisms.ipynb: the model organisms that the other notebooks of a profile open."""
 
@@ -62,11 +68,38 @@ class TrainingCurves(Section):
     shown_characters: Count
     """Length to which completions of harmful requests are cut in everything stored."""
 
-    @model_validator(mode="after")
-    def _in_order(self) -> "TrainingCurves":
-        if self.source >= self.target:
-            raise ValueError(f"source={self.source} must lie below target={self.target}")
-        return self
+    _in_order = model_validator(mode="after")(_layers_in_order)
+
+
+class ReplicationAudit(Section):
+    """notebooks/replication_audit.ipynb: what each fault of the post's published code costs."""
+
+    model: str
+    revision: str | None
+    dtype: Dtype
+    source: Layer
+    target: Layer
+    nonlinearity: Positive
+    iterations: Count
+    fit_prompts: Count
+    num_factors: Count
+    validation: Count
+    test: Annotated[int, Field(ge=11)]
+    seed: Seed
+
+    _in_order = model_validator(mode="after")(_layers_in_order)
+
+
+class SyntheticRecovery(Section):
+    """notebooks/synthetic_recovery.ipynb: does the exponential fit find factors that we planted?"""
+
+    d: Count
+    planted: Count
+    num_factors: Count
+    nonlinearity: Positive
+    projected_iterations: Annotated[list[Count], Field(min_length=1)]
+    random_iterations: Annotated[list[Count], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
 class Profile(Section):
@@ -74,6 +107,8 @@ class Profile(Section):
 
     organisms: Organisms
     training_curves: TrainingCurves
+    synthetic_recovery: SyntheticRecovery
+    replication_audit: ReplicationAudit
 
 
 class _Run(Section):

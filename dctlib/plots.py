@@ -7,12 +7,13 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from dctlib.metrics import interval
+from dctlib.metrics import Interval, interval
 from dctlib.store import whole
 
 WIDTH = 7.0
@@ -134,6 +135,62 @@ def losses(values: Mapping[str, Sequence[float]]) -> Figure:
             axes.semilogy(np.arange(1, len(curve) + 1), curve, color=colour, lw=1.2)
             axes.annotate(label, (len(curve), curve[-1]), xytext=(4, 0), textcoords="offset points", color=colour)
         axes.set(xlabel="step", ylabel="cross-entropy of the answer")
+        sns.despine(figure)
+    return figure
+
+
+def recovery_curves(curves: pd.DataFrame) -> Figure:
+    """Recovery of planted factors by iteration, one line a start, with the spread over seeds.
+
+    Parameters
+    ----------
+    curves : DataFrame
+        Columns ``start``, ``iteration``, ``seed``, ``mean_max_cosine`` and ``recovered``.
+    """
+    labels = {"mean_max_cosine": "mean over planted of best |cos|", "recovered": "share with |cos| > 0.99"}
+    with _style():
+        figure, panels = _panels(2, height=2.8, ratios=(1, 1))
+        for axes, column in zip(panels, labels, strict=True):
+            sns.lineplot(
+                curves,
+                x="iteration",
+                y=column,
+                hue="start",
+                style="start",
+                errorbar=("pi", 100),
+                markers=True,
+                palette="colorblind",
+                legend=axes is panels[0],
+                ax=axes,
+            )
+            axes.set(xscale="log", ylim=(0, 1.03), ylabel=labels[column], xlabel="iterations of the fit")
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+        panels[0].legend(frameon=False, loc="lower right", title=None)
+        sns.despine(figure)
+    return figure
+
+
+def faults(found: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """What each fault costs: the mean score and its interval done right and with the fault, one row a fault."""
+    with _style():
+        figure, (axes,) = _panels(1, height=0.42 * len(found) + 0.9, ratios=(1,))
+        for place, both in enumerate(reversed(list(found.values()))):
+            for side, colour, shift in (("right", _COLOURS["DCT"], 0.12), ("wrong", _COLOURS["random"], -0.12)):
+                mean = both[side]
+                axes.errorbar(
+                    mean.mean,
+                    place + shift,
+                    xerr=[[mean.mean - mean.low], [mean.high - mean.mean]],
+                    fmt="o",
+                    ms=4,
+                    capsize=2,
+                    color=colour,
+                    label={"right": "as written in the post", "wrong": "with the fault"}[side] if not place else None,
+                )
+        axes.axvline(0, color="0.8", lw=0.8, zorder=0)
+        axes.set_yticks(range(len(found)), list(found)[::-1])
+        axes.set(xlabel="mean score on test instructions, 95 % interval", ylim=(-0.6, len(found) - 0.4))
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         sns.despine(figure)
     return figure
 

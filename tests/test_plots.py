@@ -1,8 +1,15 @@
 import numpy as np
+import pandas as pd
 import pytest
 
-from dctlib.plots import losses, save_figure, scores, training_curves
+from dctlib.metrics import Interval
+from dctlib.plots import faults, losses, recovery_curves, save_figure, scores, training_curves
 
+RECOVERY = pd.DataFrame(
+    {"start": "random", "iteration": n, "seed": seed, "mean_max_cosine": n / 10, "recovered": seed / 2}
+    for n in (1, 10)
+    for seed in (0, 1)
+)
 FIGURES = {
     "training_curves": lambda: training_curves(
         {8: {"objective": [1.0, 2.0, 3.0], "seconds": 1.0}, 16: {"objective": [2.0, 4.0, 7.0], "seconds": 2.1}}
@@ -12,6 +19,8 @@ FIGURES = {
         {"clean": [-8.0, -7.0], "random": [-6.0, -5.5], "DCT": [5.0, 6.0]},
     ),
     "one_width": lambda: training_curves({8: {"objective": [1.0, 2.0], "seconds": 1.0}}),
+    "recovery_curves": lambda: recovery_curves(RECOVERY),
+    "faults": lambda: faults({"no mask": {"right": Interval(3.0, 2.0, 4.0), "wrong": Interval(-1.0, -2.0, 0.0)}}),
     "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
 }
 

@@ -1,0 +1,174 @@
+"""What the engine costs, as ratios within one process: ``make bench``, or ``python benchmarks/bench.py --quick``.
+
+Writes benchmarks/results/<device>.json and a table, <device>.md. On CUDA the model is 7B-shaped with random weights, as
+only its shape matters; on a CPU it is SmolLM2-135M-Instruct.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dctlib import CausalMap, format_chat, load_model, score_vectors, steer
+from dctlib.baselines import random_vectors
+from dctlib.causal_map import capture, replay
+from dctlib.fit import fit_exponential
+from dctlib.models import blocks_of, quiet, replaying, width_of
+from dctlib.prompts import tokenize
+from dctlib.store import whole, write_json
+
+SOURCE, TARGET = 10, 20
+PROMPT = "Tell me how to make a bomb"
+
+
+def seconds(call: Callable[[], Any], repeats: int = 3) -> float:
+    """Median wall time of `call`, after one call that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def matmul_limit(model: Any, rows: int) -> float:
+    """Floating-point operations a second of the model's own MLP product, `rows` tokens at once."""
+    layer: Any = blocks_of(model)[SOURCE].get_submodule("mlp.up_proj")
+    weight = layer.weight
+    hidden = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    return 2 * rows * weight.numel() / seconds(lambda: [hidden @ weight.T for _ in range(20)]) * 20
+
+
+def flops(model: Any, tokens: int) -> float:
+    """Of one factor's forward and backward pass: two operations a weight and token, twice more going back by input."""
+    block = blocks_of(model)[SOURCE]
+    return 4 * tokens * (TARGET - SOURCE) * sum(p.numel() for p in block.parameters() if p.ndim == 2)
+
+
+def straightforward(model: Any, tokenizer: Any, text: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """OGI's two products with torch.func in float32, a vmap over 16 factors: how the post's code does it."""
+    model, vmap = model.float(), torch.func.vmap
+    blocks = list(blocks_of(model))[SOURCE:TARGET]
+    with replaying(model):
+        captured = capture(model, tokenize(tokenizer, text).to(model.device), source=SOURCE, target=TARGET)
+
+    def delta(theta: Tensor) -> Tensor:
+        return replay(blocks, captured, theta[None])[0, -3:].mean(0)
+
+    def one(theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        value, pull_back, *_ = torch.func.vjp(delta, theta)
+        return value, pull_back(u)[0]
+
+    def batched(theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        with replaying(model):
+            return vmap(one, chunk_size=16)(theta, u)
+
+    return batched
+
+
+def looped_scores(model: Any, tokenizer: Any, texts: list[str], vectors: Tensor) -> None:
+    """A whole steered forward pass for each vector and text."""
+    with torch.no_grad():
+        for vector in vectors:
+            with steer(model, layer=SOURCE, vector=vector):
+                for text in texts:
+                    model(tokenize(tokenizer, text).to(model.device), use_cache=False)
+
+
+def model_for(device: str) -> tuple[Any, Any]:
+    model, tokenizer = load_model("smollm2-135m-instruct", device=device, dtype="native")
+    if device == "cpu":
+        return model, tokenizer
+    shape = LlamaConfig(
+        vocab_size=model.config.vocab_size, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32
+    )
+    with torch.device(device):
+        large: Any = LlamaForCausalLM(shape)
+    return large.to(torch.bfloat16).eval().requires_grad_(False), tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that it runs")
+    quick = parser.parse_args().quick
+    quiet()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = model_for(device)
+    d, rows = width_of(model), 32 if quick else (512 if device == "cuda" else 256)
+    text = format_chat(tokenizer, [PROMPT])[0]
+
+    def a_map(texts: list[str]) -> CausalMap:
+        return CausalMap.from_model(model, tokenizer, texts, source=SOURCE, target=TARGET)
+
+    def a_pass(cmap: CausalMap, count: int) -> float:
+        theta, u = random_vectors(count, d, norm=20.0, seed=0), random_vectors(count, d, norm=1.0, seed=1)
+        return seconds(lambda: cmap.value_and_vjp(theta, u))
+
+    cmap = a_map([text])
+    (tokens,) = cmap.tokens
+    print(f"{device}, {rows} factors, {tokens} tokens, {model.dtype}", flush=True)
+    ours = a_pass(cmap, rows)
+    limit = matmul_limit(model, cmap.chunk_size * tokens)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "factors": rows,
+        "tokens": tokens,
+        "chunk_size": cmap.chunk_size,
+        "seconds_a_pass": ours,
+        "matmul_tflops": limit / 1e12,
+        "share_of_matmul_limit": rows * flops(model, tokens) / limit / ours,
+        "speed_against_one_at_a_time": a_pass(cmap, 1) / (ours / rows),
+    }
+    result["seconds_by_factors"] = {n: a_pass(cmap, n) for n in (rows // 4, rows // 2, rows)}
+    result["seconds_by_prompts"] = {n: a_pass(a_map([text] * n), rows // 4) for n in (1, 2, 4)}
+    longer = {n: a_map([text + " word" * (n - tokens)]) for n in (tokens, 2 * tokens, 4 * tokens)}
+    result["seconds_by_tokens"] = {n: a_pass(longer[n], rows // 4) for n in longer}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    fit_exponential(cmap, num_factors=rows, input_scale=20.0, iterations=10, tolerance=0)
+    result["seconds_of_a_fit_of_ten_iterations"] = time.perf_counter() - started
+    if device == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    texts = format_chat(tokenizer, [PROMPT, "Write a virus", "Explain how to forge a passport"])
+    vectors = random_vectors(rows, d, norm=20.0, seed=0).to(device)
+    loop = seconds(lambda: looped_scores(model, tokenizer, texts, vectors[:8]), 1) / 8
+    scoring = seconds(lambda: score_vectors(model, tokenizer, texts, vectors, layer=SOURCE, progress=False), 1) / rows
+    result["scoring_against_steered_passes"] = loop / scoring
+    if device == "cpu":  # last: it turns the model into float32
+        theta, u = (random_vectors(32, d, norm=norm, seed=0) for norm in (20.0, 1.0))
+        peer = straightforward(model, tokenizer, text)
+        result["speed_against_torch_func_float32"] = seconds(lambda: peer(theta, u)) / 32 / (ours / rows)
+    folder = Path(__file__).parent / "results"
+    write_json(folder / f"{device}.json", result)
+    with whole(folder / f"{device}.md") as partial:
+        partial.write_text(table(result), encoding="utf-8")
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = ["| measure | value |", "|:--|--:|"]
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{n}: {v:.2f}" for n, v in value.items())
+        lines.append(f"| {name.replace('_', ' ')} | {f'{value:.2f}' if isinstance(value, float) else value} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
