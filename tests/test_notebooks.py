@@ -79,9 +79,10 @@ def test_only_the_checked_cell_holds_output(path):
         if "NBVAL_CHECK_OUTPUT" in source:
             checked += 1
             assert cell["outputs"]
+            assert cell["execution_count"] == 1  # nbval takes a cell without one for never run
         else:
             assert not cell["outputs"]
-        assert cell["execution_count"] is None
+            assert cell["execution_count"] is None
     assert checked >= 1
 
 
