@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
 from dctlib.metrics import Interval, interval
 from dctlib.store import whole
@@ -77,7 +77,7 @@ def training_curves(record: Mapping[int, Mapping[str, Any]]) -> Figure:
         right.set(xlabel="width m", ylabel="seconds a fit")
         right.set_xticks(widths, [str(width) for width in widths], rotation=45)
         right.minorticks_off()
-        right.yaxis.set_major_formatter(ScalarFormatter())
+        right.yaxis.set_major_formatter("{x:g}")
         sns.despine(figure)
     return figure
 
@@ -164,7 +164,7 @@ def recovery_curves(curves: pd.DataFrame) -> Figure:
                 ax=axes,
             )
             axes.set(xscale="log", ylim=(0, 1.03), ylabel=labels[column], xlabel="iterations of the fit")
-            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_major_formatter("{x:.0f}")
         panels[0].legend(frameon=False, loc="lower right", title=None)
         sns.despine(figure)
     return figure

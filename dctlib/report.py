@@ -57,6 +57,8 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
         source = folder / ".paper.typ"
         try:
             _pandoc(prose, "typst", folder, source, ["--standalone"])
+            undated = "#set document(date: none)\n" + source.read_text(encoding="utf-8")
+            source.write_text(undated, encoding="utf-8")  # the same numbers make the same bytes
             partial.write_bytes(typst.compile(str(source), root=str(root)))
         finally:
             source.unlink(missing_ok=True)

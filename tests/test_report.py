@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 
 import pytest
 
@@ -29,6 +30,12 @@ def test_numbers_reach_html_and_pdf(root):
     assert "<math" in text
     assert pdf.read_bytes().startswith(b"%PDF")
     assert sorted(path.name for path in html.parent.iterdir()) == ["paper.html", "paper.pdf"]
+
+
+def test_the_same_numbers_make_the_same_bytes(root):
+    first = [path.read_bytes() for path in write_report("smoke", root)]
+    time.sleep(1.1)  # a date in a PDF has seconds
+    assert [path.read_bytes() for path in write_report("smoke", root)] == first
 
 
 def test_what_a_model_said_is_shown_not_interpreted(root):
