@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy.stats import bootstrap
 from torch import Tensor
@@ -25,6 +26,27 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
         raise ValueError(f"got {array.size} values, expected at least 2 to resample")
     found = bootstrap((array,), np.mean, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
     return Interval(float(array.mean()), float(found.low), float(found.high))
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike directions are: the ratio of extreme singular values, and |cosine| over all pairs."""
+
+    condition_number: float
+    mean_abs_cosine: float
+    sd_abs_cosine: float
+
+
+def similarity(V: Float[Tensor, "m d"]) -> Similarity:
+    """Compare at least two unit rows with each other."""
+    if len(V) < 2:
+        raise ValueError(f"got {len(V)} directions, expected at least 2 to compare")
+    V = V.double()
+    singular = torch.linalg.svdvals(V)
+    rows, columns = torch.triu_indices(len(V), len(V), offset=1)
+    cosines = (V @ V.T)[rows, columns].abs()
+    condition = (singular[0] / singular[-1].clamp(min=torch.finfo(torch.float64).tiny)).item()
+    return Similarity(condition, cosines.mean().item(), cosines.std(correction=0).item())
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,20 @@ class TrainingCurves(Section):
     _in_order = model_validator(mode="after")(_layers_in_order)
 
 
+class Multiplicity(Section):
+    """notebooks/multiplicity.ipynb: how many vectors unlock the model, and how alike they are."""
+
+    model: str
+    revision: str | None
+    dtype: Dtype
+    threshold: float
+    """Validation score from which a vector counts."""
+    validation: Count
+    test: Annotated[int, Field(ge=5)]
+    answer_tokens: Count
+    shown_characters: Count
+
+
 class ReplicationAudit(Section):
     """notebooks/replication_audit.ipynb: what each fault of the post's published code costs."""
 
@@ -107,6 +121,7 @@ class Profile(Section):
 
     organisms: Organisms
     training_curves: TrainingCurves
+    multiplicity: Multiplicity
     synthetic_recovery: SyntheticRecovery
     replication_audit: ReplicationAudit
 

@@ -12,6 +12,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.cluster.hierarchy import leaves_list, linkage
+from torch import Tensor
 
 from dctlib.metrics import Interval, interval
 from dctlib.store import whole
@@ -191,6 +193,35 @@ def faults(found: Mapping[str, Mapping[str, Interval]]) -> Figure:
         axes.set_yticks(range(len(found)), list(found)[::-1])
         axes.set(xlabel="mean score on test instructions, 95 % interval", ylim=(-0.6, len(found) - 0.4))
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        sns.despine(figure)
+    return figure
+
+
+def multiplicity(V: Tensor, each: Sequence[float], aggregates: Mapping[str, float]) -> Figure:
+    """|cosine| of every pair of directions, alike ones beside each other, and their scores beside their aggregates'.
+
+    Parameters
+    ----------
+    V : Tensor, (m, d)
+        Unit directions.
+    each : sequence of float
+        The score of each direction.
+    aggregates : mapping
+        Name of an aggregate → its score.
+    """
+    with _style():
+        figure, (left, right) = _panels(2, height=2.9, ratios=(1, 1))
+        rows = V.double().cpu().numpy()
+        order = leaves_list(linkage(rows, "average", metric="cosine"))
+        image = left.imshow(abs(rows[order] @ rows[order].T), vmin=0, vmax=1, cmap="rocket_r")
+        left.set(xlabel="direction, clustered", ylabel="direction, clustered")
+        figure.colorbar(image, ax=left, label="|cos|", shrink=0.8)
+        right.hist(each, bins=20, color=_COLOURS["DCT"], alpha=0.7)
+        marks = {"average": sum(each) / len(each), "best": max(each), **aggregates}
+        for place, (name, value) in enumerate(marks.items()):
+            right.axvline(value, color="0.3", lw=1, ls=["-", "--", ":", "-."][place % 4], label=f"{name} {value:+.1f}")
+        right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        right.set(xlabel="mean score, test", ylabel="vectors")
         sns.despine(figure)
     return figure
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import unit_rows
 
 from dctlib.metrics import Interval
-from dctlib.plots import faults, losses, recovery_curves, save_figure, scores, training_curves
+from dctlib.plots import faults, losses, multiplicity, recovery_curves, save_figure, scores, training_curves
 
 RECOVERY = pd.DataFrame(
     {"start": "random", "iteration": n, "seed": seed, "mean_max_cosine": n / 10, "recovered": seed / 2}
@@ -21,6 +22,9 @@ FIGURES = {
     "one_width": lambda: training_curves({8: {"objective": [1.0, 2.0], "seconds": 1.0}}),
     "recovery_curves": lambda: recovery_curves(RECOVERY),
     "faults": lambda: faults({"no mask": {"right": Interval(3.0, 2.0, 4.0), "wrong": Interval(-1.0, -2.0, 0.0)}}),
+    "multiplicity": lambda: multiplicity(
+        unit_rows(6, 9), [1.0, 2.0, 3.0, 4.0, 5.0, 9.0], {"v_avg": 6.0, "v_svd": -1.0}
+    ),
     "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
 }
 
