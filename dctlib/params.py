@@ -85,6 +85,15 @@ class Multiplicity(Section):
     shown_characters: Count
 
 
+class Ablation(Section):
+    """notebooks/ablation.ipynb: what removing the qualifying vectors' directions does."""
+
+    model: str
+    revision: str | None
+    dtype: Dtype
+    test: Count
+
+
 class ReplicationAudit(Section):
     """notebooks/replication_audit.ipynb: what each fault of the post's published code costs."""
 
@@ -122,6 +131,7 @@ class Profile(Section):
     organisms: Organisms
     training_curves: TrainingCurves
     multiplicity: Multiplicity
+    ablation: Ablation
     synthetic_recovery: SyntheticRecovery
     replication_audit: ReplicationAudit
 

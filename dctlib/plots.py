@@ -226,6 +226,32 @@ def multiplicity(V: Tensor, each: Sequence[float], aggregates: Mapping[str, floa
     return figure
 
 
+def ablation(results: Mapping[str, Any]) -> Figure:
+    """Scores while one direction is ablated: each source and target direction, and their aggregates.
+
+    Parameters
+    ----------
+    results : mapping
+        ``clean``, a score, and for ``source`` and ``target`` the individual ``scores``, ``v_avg`` and ``v_svd``.
+    """
+    with _style():
+        figure, panels = _panels(2, height=2.6, ratios=(1, 1))
+        for axes, side, letter in zip(panels, ("source", "target"), "vu", strict=True):
+            axes.hist(results[side]["scores"], bins=20, color=_COLOURS["DCT"], alpha=0.7)
+            marks = {
+                "clean": results["clean"],
+                "average": results[side]["average"],
+                f"${letter}_\\mathrm{{avg}}$": results[side]["v_avg"],
+                f"${letter}_\\mathrm{{svd}}$": results[side]["v_svd"],
+            }
+            for (name, value), line in zip(marks.items(), ("--", "-", ":", "-."), strict=True):
+                axes.axvline(value, color="0.3", lw=1, ls=line, label=f"{name} {value:+.1f}")
+            axes.legend(frameon=False, fontsize=8, loc="best")
+            axes.set(xlabel=f"mean score, {side} direction ablated", ylabel="directions")
+        sns.despine(figure)
+    return figure
+
+
 def _panels(count: int, *, height: float, ratios: Sequence[float], width: float = WIDTH) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, count, width_ratios=ratios, squeeze=False)[0])

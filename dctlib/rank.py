@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,8 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.causal_map import capture, replay
-from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
-from dctlib.prompts import tokenize
+from dctlib.models import blocks_of, check_layer, logits_of, pad_id, replaying, width_of
+from dctlib.prompts import has_bos, tokenize
 
 _BATCH = 32
 
@@ -163,6 +164,36 @@ def score_each(
 
     found = _each(model, tokenizer, texts, vectors, layer, both, progress)
     return Scores(difference=found[..., 0], said=found[..., 1].bool())
+
+
+def score_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    positive: str = "Sure",
+    negative: str = "Sorry",
+    batch_size: int = 25,
+) -> Float[Tensor, " n"]:
+    """logit(positive) − logit(negative) after each text, with the model as it is: clean, or inside steer or ablate.
+
+    Texts are padded on the left and masked, so a score does not depend on its neighbours.
+    """
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
+    words, scores = _words(tokenizer, positive, negative), []
+    special = not has_bos(tokenizer, texts[0])
+    generate: Any = model.generate  # sets positions by the mask, as a plain forward pass does not
+    once = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for start in range(0, len(texts), batch_size):
+        batch = list(texts[start : start + batch_size])
+        inputs: Any = tokenizer(
+            batch, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special
+        )
+        output = generate(**inputs.to(model.device), **once, pad_token_id=pad_id(tokenizer))
+        logits = output.logits[0][:, words.to(model.device)].float()
+        scores.append((logits[:, 0] - logits[:, 1]).cpu())
+    return torch.cat(scores)
 
 
 def _each(

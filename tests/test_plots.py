@@ -4,13 +4,14 @@ import pytest
 from conftest import unit_rows
 
 from dctlib.metrics import Interval
-from dctlib.plots import faults, losses, multiplicity, recovery_curves, save_figure, scores, training_curves
+from dctlib.plots import ablation, faults, losses, multiplicity, recovery_curves, save_figure, scores, training_curves
 
 RECOVERY = pd.DataFrame(
     {"start": "random", "iteration": n, "seed": seed, "mean_max_cosine": n / 10, "recovered": seed / 2}
     for n in (1, 10)
     for seed in (0, 1)
 )
+ABLATED = {"scores": [-8.0, -7.0, 1.0], "average": -4.7, "v_avg": 2.0, "v_svd": 3.0}
 FIGURES = {
     "training_curves": lambda: training_curves(
         {8: {"objective": [1.0, 2.0, 3.0], "seconds": 1.0}, 16: {"objective": [2.0, 4.0, 7.0], "seconds": 2.1}}
@@ -25,6 +26,7 @@ FIGURES = {
     "multiplicity": lambda: multiplicity(
         unit_rows(6, 9), [1.0, 2.0, 3.0, 4.0, 5.0, 9.0], {"v_avg": 6.0, "v_svd": -1.0}
     ),
+    "ablation": lambda: ablation({"clean": -9.0, "source": ABLATED, "target": ABLATED}),
     "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
 }
 

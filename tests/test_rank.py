@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model, unit_rows
 
-from dctlib import score_vectors, steer
-from dctlib.rank import Scores, choose_and_test, score_each
+from dctlib import ablate, score_vectors, steer
+from dctlib.rank import Scores, choose_and_test, score_each, score_texts
 
 D, SURE, SORRY = 32, 4, 5
 
@@ -70,6 +70,18 @@ def test_a_trial_ranks_on_validation_and_reports_on_test(llama, tokenizer, texts
 def test_nothing_is_ranked_on_what_is_reported(llama, tokenizer, texts):
     with pytest.raises(ValueError, match="1 texts are in both"):
         choose_and_test(llama, tokenizer, {"DCT": unit_rows(2, D)}, validation=texts, test=texts[:1], layer=1)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
+def test_score_texts_equals_one_at_a_time_also_while_ablated(family, tokenizer, texts):
+    model, direction = tiny_model(family), unit_rows(1, D)[0]
+    clean = by_steering(model, tokenizer, texts, torch.zeros(1, D, dtype=torch.float64), 0)[0]
+    torch.testing.assert_close(score_texts(model, tokenizer, texts, batch_size=2), clean, rtol=1e-4, atol=1e-5)
+    with ablate(model, direction):
+        found = score_texts(model, tokenizer, texts)
+        expected = by_steering(model, tokenizer, texts, torch.zeros(1, D, dtype=torch.float64), 0)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - clean).abs().max() > 1e-3
 
 
 def test_batches_agree(llama, tokenizer, texts, monkeypatch):
