@@ -14,7 +14,7 @@ from dctlib.causal_map import capture, replay
 from dctlib.models import blocks_of, check_layer, logits_of, pad_id, replaying, width_of
 from dctlib.prompts import has_bos, tokenize
 
-_BATCH = 32
+_BATCH = 64
 
 
 @dataclass(frozen=True)
