@@ -86,6 +86,12 @@ def looped_scores(model: Any, tokenizer: Any, texts: list[str], vectors: Tensor)
                     model(tokenize(tokenizer, text).to(model.device), use_cache=False)
 
 
+def cpu_name() -> str:
+    """What the CPU calls itself, and how many of its cores are used."""
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def model_for(device: str) -> tuple[Any, Any]:
     model, tokenizer = load_model("smollm2-135m-instruct", device=device, dtype="native")
     if device == "cpu":
@@ -121,7 +127,7 @@ def main() -> None:
     ours = a_pass(cmap, rows)
     limit = matmul_limit(model, cmap.chunk_size * tokens)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "factors": rows,
         "tokens": tokens,
