@@ -21,10 +21,31 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _layers_in_order(section: Any) -> Any:
-    if section.source >= section.target:
-        raise ValueError(f"source={section.source} must lie below target={section.target}")
-    return section
+class OnModel(Section):
+    """What every notebook that opens a model is told about it."""
+
+    model: str
+    revision: str | None
+    dtype: Dtype
+
+
+class OnSlice(OnModel):
+    """What every notebook that fits a transcoder to a slice is told about the fit, and about what it is tested on."""
+
+    source: Layer
+    target: Layer
+    nonlinearity: Positive
+    iterations: Count
+    fit_prompts: Count
+    num_factors: Count
+    validation: Count
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "OnSlice":
+        if self.source >= self.target:
+            raise ValueError(f"source={self.source} must lie below target={self.target}")
+        return self
 
 
 class Organisms(Section):
@@ -47,36 +68,20 @@ class Organisms(Section):
     shown_characters: Count
 
 
-class TrainingCurves(Section):
+class TrainingCurves(OnSlice):
     """notebooks/training_curves.ipynb: Figure 2, and the best vector on held-out instructions."""
 
-    model: str
-    revision: str | None
-    dtype: Dtype
-    source: Layer
-    target: Layer
-    nonlinearity: Positive
-    iterations: Count
     prompt: Annotated[str, Field(min_length=1)]
     widths: Annotated[list[Count], Field(min_length=1)]
-    fit_prompts: Count
-    num_factors: Count
-    validation: Count
     test: Count
     answer_tokens: Count
-    seed: Seed
     shown_characters: Count
     """Length to which completions of harmful requests are cut in everything stored."""
 
-    _in_order = model_validator(mode="after")(_layers_in_order)
 
-
-class Multiplicity(Section):
+class Multiplicity(OnModel):
     """notebooks/multiplicity.ipynb: how many vectors unlock the model, and how alike they are."""
 
-    model: str
-    revision: str | None
-    dtype: Dtype
     threshold: float
     """Validation score from which a vector counts."""
     validation: Count
@@ -85,32 +90,16 @@ class Multiplicity(Section):
     shown_characters: Count
 
 
-class Ablation(Section):
+class Ablation(OnModel):
     """notebooks/ablation.ipynb: what removing the qualifying vectors' directions does."""
 
-    model: str
-    revision: str | None
-    dtype: Dtype
     test: Count
 
 
-class ReplicationAudit(Section):
+class ReplicationAudit(OnSlice):
     """notebooks/replication_audit.ipynb: what each fault of the post's published code costs."""
 
-    model: str
-    revision: str | None
-    dtype: Dtype
-    source: Layer
-    target: Layer
-    nonlinearity: Positive
-    iterations: Count
-    fit_prompts: Count
-    num_factors: Count
-    validation: Count
     test: Annotated[int, Field(ge=11)]
-    seed: Seed
-
-    _in_order = model_validator(mode="after")(_layers_in_order)
 
 
 class SyntheticRecovery(Section):
