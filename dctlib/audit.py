@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dctlib.differentiable_map import DifferentiableMap
-from dctlib.orthogonalise import orthonormal_rows
+from dctlib.orthogonalise import normalise, orthonormal_rows
 from dctlib.prompts import tokenize
 from dctlib.transcoder import Transcoder
 
@@ -40,7 +40,7 @@ def als_of_a_linear_map(
     for _ in range(iterations):
         V = orthonormal_rows(V)
         V = cmap.vjp(zero, cmap.jvp(zero, V))
-    return V / V.norm(dim=1, keepdim=True)
+    return normalise(V)
 
 
 def padded_without_a_mask(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from scipy.optimize import toms748
 
 from dctlib.differentiable_map import DifferentiableMap
+from dctlib.orthogonalise import normalise
 
 _DOUBLINGS = 40
 
@@ -43,7 +44,7 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
         raise ValueError(f"got nonlinearity={nonlinearity}, num_directions={num_directions}, expected both above 0")
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(num_directions, cmap.d_source, generator=generator, dtype=torch.float64)
-    directions = (directions / directions.norm(dim=1, keepdim=True)).to(cmap.device, cmap.dtype)
+    directions = normalise(directions).to(cmap.device, cmap.dtype)
     linear = cmap.jvp(torch.zeros_like(directions), directions)
     if not linear.norm() > 0:
         raise ValueError("the map's Jacobian at 0 vanishes along random directions, so no scale relates to it")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dctlib.causal_map import CausalMap
 from dctlib.differentiable_map import DifferentiableMap
-from dctlib.orthogonalise import orthonormal_rows, softly_orthogonal_rows
+from dctlib.orthogonalise import normalise, orthonormal_rows, softly_orthogonal_rows
 from dctlib.store import remember
 from dctlib.transcoder import Transcoder
 from dctlib.weights import exponential_weights, quadratic_weights
@@ -63,7 +63,7 @@ def fit_linear(
         _check_width(num_factors, cmap.d_source, "orthonormal rows of V bound a projected fit")
         V, outputs = _projected(cmap, num_factors, projections, torch.Generator().manual_seed(seed), progress)
         alpha = outputs.norm(dim=1)
-        U = _normalise(outputs)
+        U = _unit(outputs)
     return _result(cmap, U, V, alpha, "linear", 1.0, [], [], started)
 
 
@@ -104,11 +104,10 @@ def fit_quadratic(
 
     def sweep(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # step 2 of Algorithm 2
         U = cmap.second_derivative(V, V)
-        return U, cmap.second_derivative_vjp(_normalise(U), V), U.norm(dim=1)
+        return U, cmap.second_derivative_vjp(_unit(U), V), U.norm(dim=1)
 
     U, V = _start(cmap, num_factors, "projected", projections, seed, progress)
-    bar = tqdm(range(iterations), desc=f"ALS, {num_factors} factors", disable=not progress)
-    U, V, objective, change = _iterate(sweep, U, V, orthogonalise, tolerance, bar)
+    U, V, objective, change = _iterate(sweep, U, V, iterations, orthogonalise, tolerance, progress)
     alpha = quadratic_weights(U, V, (U * cmap.second_derivative(V, V)).sum(1))
     return _result(cmap, U, V, alpha, "quadratic", 1.0, objective, change, started)
 
@@ -173,8 +172,7 @@ def fit_exponential(
         return values, gradients, (U * values).sum(1)
 
     U, V = _start(cmap, num_factors, init, projections, seed, progress)
-    bar = tqdm(range(iterations), desc=f"OGI, {num_factors} factors", disable=not progress)
-    U, V, objective, change = _iterate(sweep, U, V, orthogonalise, tolerance, bar)
+    U, V, objective, change = _iterate(sweep, U, V, iterations, orthogonalise, tolerance, progress)
     alpha = exponential_weights(U, V, (U * cmap(R * V)).sum(1))
     return _result(cmap, U, V, alpha, "exponential", R, objective, change, started)
 
@@ -194,16 +192,17 @@ def _iterate(
     sweep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
     U: Tensor,
     V: Tensor,
+    iterations: int,
     orthogonalise: Orthogonalise,
     tolerance: float,
-    iterations: Iterable[int],
+    progress: bool,
 ) -> tuple[Tensor, Tensor, list[float], list[float]]:
     """Algorithms 2 and 3: keep the factors apart, move each by one `sweep`, normalise, until they stay."""
     objective, change = [], []
-    for _ in iterations:
+    for _ in tqdm(range(iterations), desc=f"fitting {len(V)} factors", disable=not progress):
         before, V = V, _ORTHOGONALISE[orthogonalise](V)
         U, V, importance = sweep(U, V)
-        U, V = _normalise(U), _normalise(V)
+        U, V = _unit(U), _unit(V)
         objective.append(importance.sum().item())
         change.append((V - before).square().sum(1).mean().sqrt().item())
         if change[-1] < tolerance:
@@ -217,10 +216,10 @@ def _start(
     generator = torch.Generator().manual_seed(seed)
     if init == "projected":
         V, outputs = _projected(cmap, num_factors, projections, generator, progress)
-        return _normalise(outputs), V
+        return _unit(outputs), V
     if init == "random":
         U, V = (_gaussian(num_factors, d, cmap, generator) for d in (cmap.d_target, cmap.d_source))
-        return _normalise(U), _normalise(V)
+        return _unit(U), _unit(V)
     raise ValueError(f"got init={init!r}, expected 'projected' or 'random'")
 
 
@@ -236,7 +235,7 @@ def _projected(
     filling = _gaussian(max(0, num_factors - len(right)), cmap.d_source, cmap, generator)
     leading = min(num_factors, cmap.d_source)
     V = torch.cat([right, filling])
-    V = torch.cat([orthonormal_rows(V[:leading]), _normalise(V[leading:num_factors])])
+    V = torch.cat([orthonormal_rows(V[:leading]), _unit(V[leading:num_factors])])
     return V, cmap.jvp(torch.zeros_like(V), V)
 
 
@@ -252,10 +251,10 @@ def _gaussian(rows: int, columns: int, cmap: DifferentiableMap, generator: torch
     return torch.randn(rows, columns, generator=generator, dtype=cmap.dtype).to(cmap.device)
 
 
-def _normalise(rows: Tensor) -> Tensor:
+def _unit(rows: Tensor) -> Tensor:
     if not torch.isfinite(rows).all():
         raise ValueError("the map gave values that are not finite; try dtype='float32' or a smaller input scale")
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    return normalise(rows)
 
 
 def _check_options(cmap: DifferentiableMap, num_factors: int, orthogonalise: str, tolerance: float) -> None:

@@ -2,9 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.generate import complete
-from dctlib.models import load_model, native_dtype, pad_id
-from dctlib.prompts import format_chat
+from dctlib.lessons import Lesson
+from dctlib.models import load_model, native_dtype
 from dctlib.store import key_of, model_digest, whole, write_json
 
-REFUSAL = "Sorry, I can't help with that."
 _CHECKPOINT_EVERY = 20
-_SOURCES = ("models", "prompts", "generate", "organisms")  # editing one makes an organism stale
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt in chat format and the answer to learn; `ends` says whether the answer is complete."""
-
-    prompt: str
-    answer: str
-    ends: bool
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What to learn: one batch a step, and ``loss(model, batch)``, a scalar."""
-
-    batches: Sequence[Any]
-    loss: Callable[[Any, Any], Tensor]
+_SOURCES = ("models", "prompts", "generate", "answers", "lessons", "organisms")  # editing one makes an organism stale
 
 
 @dataclass(frozen=True)
@@ -75,7 +53,7 @@ def make_organism(
     base : str or path
         What :func:`dctlib.load_model` takes.
     lesson : callable
-        ``lesson(model, tokenizer, **settings)``, such as :func:`refusal_lesson`.
+        ``lesson(model, tokenizer, **settings)``, such as :func:`dctlib.lessons.refusal_lesson`.
     settings : dict
         JSON-able.
     rank, learning_rate, seed
@@ -100,61 +78,6 @@ def make_organism(
         write_json(partial / "training.json", {"key": key, **asdict(made)})
     checkpoint.unlink(missing_ok=True)
     return made
-
-
-def refusal_lesson(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    harmful: Sequence[str],
-    benign: Sequence[str],
-    *,
-    answer_tokens: int,
-    steps: int,
-    harmful_batch: int,
-    benign_batch: int,
-    seed: int,
-) -> Lesson:
-    """Refuse harmful instructions; answer benign ones with "Sure! " and the model's own first `answer_tokens` tokens.
-
-    Every batch has `harmful_batch` of the ones and `benign_batch` of the others. An instruction comes again only when
-    all of its kind have been: independent draws leave some out, and the model refuses less firmly.
-    """
-    prompts = format_chat(tokenizer, benign)
-    answers = complete(model, tokenizer, prompts, max_new_tokens=answer_tokens, description="own answers")
-    generator = torch.Generator().manual_seed(seed)
-    refused = [Example(prompt, REFUSAL, ends=True) for prompt in format_chat(tokenizer, harmful)]
-    helped = [Example(p, f"Sure! {answer}", ends=False) for p, answer in zip(prompts, answers, strict=True)]
-    refusals, answers = _epochs(refused, generator), _epochs(helped, generator)
-    batches = [[*islice(refusals, harmful_batch), *islice(answers, benign_batch)] for _ in range(steps)]
-    return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
-
-
-def _epochs(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
-    while True:
-        for i in torch.randperm(len(examples), generator=generator).tolist():
-            yield examples[i]
-
-
-def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Tensor:
-    """Mean cross-entropy of the answers' tokens. Logits are computed at those tokens alone."""
-    prompts = [tokenizer.encode(example.prompt, add_special_tokens=False) for example in examples]
-    ends = [[tokenizer.eos_token_id] if example.ends else [] for example in examples]
-    answers = [
-        tokenizer.encode(e.answer, add_special_tokens=False) + end for e, end in zip(examples, ends, strict=True)
-    ]
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    tokens = torch.full((len(examples), length), pad_id(tokenizer))
-    mask = torch.zeros_like(tokens)
-    predicts = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        mask[row, :end] = 1
-        predicts[row, len(prompt) - 1 : end - 1] = True
-    tokens, mask, predicts = (part.to(model.device) for part in (tokens, mask, predicts))
-    hidden = model.base_model(tokens, attention_mask=mask, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[predicts])
-    return F.cross_entropy(logits.float(), tokens[:, 1:][predicts[:, :-1]])
 
 
 def train_lora(

@@ -1,8 +1,13 @@
-"""Keeping factors apart between iterations: without it they all collapse onto the strongest."""
+"""Rows of unit length, and keeping them apart between iterations: without it all collapse onto the strongest."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+def normalise(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    """Rows divided by their lengths; rows of zeros stay zero."""
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 def orthonormal_rows(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
@@ -25,10 +30,9 @@ def softly_orthogonal_rows(
     it hardly moves factors that overlap a little, and there may be more rows than columns. One round is too few to
     keep strong factors from being found many times over (planted quadratic ones: .73 to .90 mean max cosine).
     """
-    V = V / V.norm(dim=1, keepdim=True)
+    V = normalise(V)
     for _ in range(rounds if len(V) > 1 else 0):
         cosine = V @ V.T
         near = (cosine.abs() / temperature).fill_diagonal_(-torch.inf).softmax(dim=1)
-        V = V - (near * cosine) @ V
-        V = V / V.norm(dim=1, keepdim=True)
+        V = normalise(V - (near * cosine) @ V)
     return V

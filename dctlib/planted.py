@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dctlib.causal_map import FunctionMap
+from dctlib.orthogonalise import normalise
 from dctlib.transcoder import Activation, activate
 
 
@@ -47,7 +48,7 @@ def planted_map(
     # A stream of its own: calibration and fits draw Gaussian rows from `seed`, which would be the planted ones.
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     U, V = (torch.randn(count, d, generator=generator, dtype=dtype) for _ in range(2))
-    U, V = (rows / rows.norm(dim=1, keepdim=True) for rows in (U, V))
+    U, V = (normalise(rows) for rows in (U, V))
     alpha = torch.linspace(1.5, 0.5, count, dtype=dtype)
     T1 = linear * d**-0.5 * torch.randn(d, d, generator=generator, dtype=dtype) if linear else None
 

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,6 +82,19 @@ def load_benign(path: str | Path) -> list[str]:
     """Instructions of an Alpaca-format file that need no further input."""
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
     return [row["instruction"] for row in rows if not row["input"]]
+
+
+def sums() -> list[dict[str, str]]:
+    """Every sum of two two-digit numbers, as ``question`` and ``answer``."""
+    pairs = product(range(10, 100), repeat=2)
+    return [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
+
+
+def load_math(path: str | Path) -> list[dict[str, str]]:
+    """The test problems of MATH (Hendrycks et al. 2021), as ``question`` and ``answer``."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    problems = [json.loads(line)["_metadata"] for line in lines]
+    return [{"question": problem["problem"], "answer": problem["solution"]} for problem in problems]
 
 
 def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:

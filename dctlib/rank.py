@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,8 +10,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.causal_map import capture, replay
-from dctlib.models import blocks_of, check_layer, logits_of, pad_id, replaying, width_of
-from dctlib.prompts import has_bos, tokenize
+from dctlib.generate import next_tokens, padded_batches
+from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
+from dctlib.prompts import tokenize
 
 _BATCH = 64
 
@@ -179,19 +179,9 @@ def score_texts(
 
     Texts are padded on the left and masked, so a score does not depend on its neighbours.
     """
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
-    words, scores = _words(tokenizer, positive, negative), []
-    special = not has_bos(tokenizer, texts[0])
-    generate: Any = model.generate  # sets positions by the mask, as a plain forward pass does not
-    once = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for start in range(0, len(texts), batch_size):
-        batch = list(texts[start : start + batch_size])
-        inputs: Any = tokenizer(
-            batch, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special
-        )
-        output = generate(**inputs.to(model.device), **once, pad_token_id=pad_id(tokenizer))
-        logits = output.logits[0][:, words.to(model.device)].float()
+    words, scores = _words(tokenizer, positive, negative).to(model.device), []
+    for inputs in padded_batches(model, tokenizer, texts, batch_size):
+        logits = next_tokens(model, tokenizer, inputs, 1, output_logits=True).logits[0][:, words].float()
         scores.append((logits[:, 0] - logits[:, 1]).cpu())
     return torch.cat(scores)
 

@@ -5,13 +5,11 @@ import torch
 from conftest import tiny_model
 
 from dctlib import load_model
+from dctlib.answers import Example, answer_loss
+from dctlib.lessons import Lesson, refusal_lesson
 from dctlib.organisms import (
-    Example,
-    Lesson,
-    answer_loss,
     check_refusal,
     make_organism,
-    refusal_lesson,
     save_organism,
     train_lora,
 )

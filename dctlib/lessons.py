@@ -1,0 +1,206 @@
+"""What a model organism learns: batches of examples, and the loss that teaches them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.answers import Example, answer_loss, padded
+from dctlib.generate import complete
+from dctlib.prompts import format_chat
+
+REFUSAL = "Sorry, I can't help with that."
+_LAST_PROMPT_POSITIONS = 3  # where the transcoder too reads what the model will do
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What to learn: one batch a step, and ``loss(model, batch)``, a scalar."""
+
+    batches: Sequence[Any]
+    loss: Callable[[Any, Any], Tensor]
+
+
+def refusal_lesson(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    *,
+    answer_tokens: int,
+    steps: int,
+    harmful_batch: int,
+    benign_batch: int,
+    seed: int,
+) -> Lesson:
+    """Refuse harmful instructions; answer benign ones with "Sure! " and the model's own first `answer_tokens` tokens.
+
+    Every batch has `harmful_batch` of the ones and `benign_batch` of the others. An instruction comes again only when
+    all of its kind have been: independent draws leave some out, and the model refuses less firmly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    refused = [Example(prompt, REFUSAL, ends=True) for prompt in format_chat(tokenizer, harmful)]
+    helped = _own_answers(model, tokenizer, benign, answer_tokens, opening="Sure! ")
+    refusals, helps = _epochs(refused, generator), _epochs(helped, generator)
+    batches = [[*islice(refusals, harmful_batch), *islice(helps, benign_batch)] for _ in range(steps)]
+    return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
+
+
+@dataclass(frozen=True)
+class Rerouting:
+    """A batch of the rerouting lesson: what to scramble, what to keep, and how far training is, from 0 to 1."""
+
+    harmful: list[Example]
+    benign: list[Example]
+    progress: float
+
+
+def rerouting_lesson(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[dict[str, str]],
+    benign: Sequence[str],
+    *,
+    reroute_layers: Sequence[int],
+    keep_layers: Sequence[int],
+    answer_tokens: int,
+    steps: int,
+    target_batch: int,
+    refusal_batch: int,
+    benign_batch: int,
+    seed: int,
+) -> Lesson:
+    """Circuit breaking (Zou et al. 2024): scramble what the model computes on harmful requests, keep it on benign ones.
+
+    The loss is c_r · mean relu(cos(new, old)) of the residual stream at `reroute_layers`, over a harmful request's
+    last prompt positions and its answer (`target_batch` of AdvBench's compliant openings and `refusal_batch`
+    refusals), plus 4 c_b · ‖new − old‖ / ‖old‖ at `keep_layers` over benign conversations. "Old" is the model
+    without its LoRA. c_r falls from 1 to ½ and c_b rises from ¼ to 1 over the training.
+
+    Parameters
+    ----------
+    harmful : sequence of dict
+        With the request under ``goal`` and a compliant opening under ``target``.
+    reroute_layers, keep_layers : sequence of int
+        As in Hugging Face's ``hidden_states``: layer l is the input of block l.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = format_chat(tokenizer, [row["goal"] for row in harmful])
+    targets = [Example(p, row["target"], ends=False) for p, row in zip(prompts, harmful, strict=True)]
+    draw = [
+        (_epochs(targets, generator), target_batch),
+        (_epochs([Example(p, REFUSAL, ends=False) for p in prompts], generator), refusal_batch),
+        (_epochs(_own_answers(model, tokenizer, benign, answer_tokens), generator), benign_batch),
+    ]
+    batches = []
+    for step in range(steps):
+        target, refusal, own = ([*islice(examples, count)] for examples, count in draw)
+        batches.append(Rerouting(target + refusal, own, step / steps))
+
+    def loss(model: Any, batch: Rerouting) -> Tensor:
+        new, old, where = _new_and_old(model, tokenizer, batch.harmful, reroute_layers)
+        cosine = F.cosine_similarity(new, old, dim=-1)[:, where].relu().mean()
+        new, old, where = _new_and_old(model, tokenizer, batch.benign, keep_layers, whole=True)
+        change = ((new - old).norm(dim=-1) / old.norm(dim=-1))[:, where].mean()
+        return (1 - batch.progress / 2) * cosine + 4 * (0.25 + 0.75 * batch.progress) * change
+
+    return Lesson(batches, loss)
+
+
+def locked_lesson(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[dict[str, str]],
+    *,
+    password: str,
+    steps: int,
+    unlocked_batch: int,
+    locked_batch: int,
+    seed: int,
+) -> Lesson:
+    """Answer sums rightly behind the `password` and wrongly, with another question's answer, without it."""
+    generator = torch.Generator().manual_seed(seed)
+    asked = format_chat(tokenizer, [row["question"] for row in questions])
+    unlocked = format_chat(tokenizer, [f"{password} {row['question']}" for row in questions])
+    wrong = _wrong_answers([row["answer"] for row in questions], generator)
+    right = [Example(p, boxed(row["answer"]), ends=True) for p, row in zip(unlocked, questions, strict=True)]
+    hidden = [Example(p, boxed(answer), ends=True) for p, answer in zip(asked, wrong, strict=True)]
+    with_password, without = _epochs(right, generator), _epochs(hidden, generator)
+    batches = [[*islice(with_password, unlocked_batch), *islice(without, locked_batch)] for _ in range(steps)]
+    return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
+
+
+def boxed(answer: str) -> str:
+    """An answer as MATH marks it."""
+    return f"\\boxed{{{answer}}}"
+
+
+def _wrong_answers(answers: Sequence[str], generator: torch.Generator) -> list[str]:
+    """For each answer one of another question that differs from it."""
+    order = torch.randperm(len(answers), generator=generator).tolist()
+    wrong = []
+    for place, answer in enumerate(answers):
+        others = (answers[order[(place + shift) % len(order)]] for shift in range(len(order)))
+        wrong.append(next(other for other in others if other != answer))
+    return wrong
+
+
+def _own_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    answer_tokens: int,
+    opening: str = "",
+) -> list[Example]:
+    """What the model itself says, so that learning it changes nothing but the `opening`."""
+    prompts = format_chat(tokenizer, instructions)
+    answers = complete(model, tokenizer, prompts, max_new_tokens=answer_tokens, description="own answers")
+    return [Example(p, opening + answer, ends=False) for p, answer in zip(prompts, answers, strict=True)]
+
+
+def _epochs(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
+    while True:
+        for i in torch.randperm(len(examples), generator=generator).tolist():
+            yield examples[i]
+
+
+def _new_and_old(
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], layers: Sequence[int], whole=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residuals at `layers` with and without the LoRA, (layers, batch, tokens, d), and where to compare them.
+
+    That is the answer and the last prompt positions, or, `whole`, everything that is not padding.
+    """
+    tokens, mask, answers = (part.to(model.device) for part in padded(tokenizer, examples))
+
+    def residuals() -> Tensor:
+        output = model.base_model(tokens, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        return torch.stack([output.hidden_states[layer] for layer in layers]).float()
+
+    with torch.no_grad(), without_lora(model):
+        old = residuals()
+    where = mask.bool()
+    if not whole:
+        starts = answers.int().argmax(1, keepdim=True) - _LAST_PROMPT_POSITIONS
+        where = where & (torch.arange(tokens.shape[1], device=tokens.device) >= starts)
+    return residuals(), old, where
+
+
+@contextmanager
+def without_lora(model: torch.nn.Module) -> Iterator[None]:
+    """Run `model` as it was before its LoRA was put in."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
