@@ -17,8 +17,9 @@ def assets() -> None:
     """Fetch the pinned data and model, and check them."""
     from dctlib import assets as pinned
 
-    for name in pinned.ASSETS:
-        print(f"{name}: {pinned.fetch(name)}")
+    for name, asset in pinned.ASSETS.items():
+        if not asset.on_demand:
+            print(f"{name}: {pinned.fetch(name)}")
     for name in pinned.MODELS:
         print(f"{name}: {pinned.fetch_model(name)}")
 

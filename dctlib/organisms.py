@@ -145,13 +145,18 @@ def save_organism(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     tokenizer.save_pretrained(folder)
 
 
-def check_refusal(refused_harmful: float, helped_benign: float, *, least: float = 0.9) -> None:
-    """Stop with ValueError unless the refusal organism refuses harmful requests and still helps with benign ones."""
-    if refused_harmful < least or helped_benign < least:
+def check_organism(kind: str, rates: dict[str, float], *, least: float = 0.9) -> None:
+    """Stop with ValueError unless an organism does what it was made for.
+
+    Parameters
+    ----------
+    rates : dict
+        What it should do → the fraction of held-out prompts on which it does.
+    """
+    if short := [f"{what}: {rate:.0%}" for what, rate in rates.items() if rate < least]:
         raise ValueError(
-            f"the refusal organism refuses {refused_harmful:.0%} of held-out harmful requests and helps with "
-            f"{helped_benign:.0%} of benign ones; at least {least:.0%} of each is needed. Train it for more steps, or "
-            f"at another learning rate (organisms.steps, organisms.learning_rate)"
+            f"the {kind} organism falls short of {least:.0%} on held-out prompts ({'; '.join(short)}). Train it for "
+            f"more steps, or at another learning rate"
         )
 
 

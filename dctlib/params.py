@@ -48,6 +48,45 @@ class OnSlice(OnModel):
         return self
 
 
+class Organism(Section):
+    """What every notebook that trains an organism is told about it."""
+
+    base: str | None
+    """The model it is made from: a pinned name, a Hub id or a folder; null where nothing needs to be made."""
+    rank: Count
+    learning_rate: Positive
+    steps: Count
+    test: Count
+    answer_tokens: Count
+    least: Annotated[float, Field(ge=0, le=1)]
+    """The rate that it must reach on held-out prompts before anything is fitted to it."""
+    seed: Seed
+    shown_characters: Count
+
+
+class Rerouted(Organism):
+    """notebooks/rerouted.ipynb: an organism whose circuits are broken on harmful requests."""
+
+    reroute_layers: list[Layer]
+    keep_layers: list[Layer]
+    target_batch: Count
+    refusal_batch: Count
+    benign_batch: Count
+    benign_prompts: Count
+    clean: OnModel
+    """The model that judges what is fluent."""
+    most_perplexity: Positive
+    least_relevance: float
+
+
+class Locked(Organism):
+    """notebooks/locked.ipynb: an organism that solves problems behind a password only."""
+
+    password: Annotated[str, Field(min_length=1)]
+    unlocked_batch: Count
+    locked_batch: Count
+
+
 class Organisms(Section):
     """notebooks/organisms.ipynb: the model organisms that the other notebooks of a profile open."""
 
@@ -96,6 +135,67 @@ class Ablation(OnModel):
     test: Count
 
 
+class SampleComplexity(OnSlice):
+    """notebooks/sample_complexity.ipynb: Figure 1. The scale is calibrated once, on `fit_prompts` instructions."""
+
+    sizes: Annotated[list[Count], Field(min_length=1)]
+    shuffles: Annotated[int, Field(ge=2)]
+    test: Count
+
+
+class DeeperModels(OnModel):
+    """notebooks/deeper_models.ipynb: where in depth to fit, and how deep a slice."""
+
+    deeper: OnModel | None
+    """A second, deeper model."""
+    sources: Annotated[list[Layer], Field(min_length=1)]
+    horizons: Annotated[list[Count], Field(min_length=1)]
+    prompt: Annotated[str, Field(min_length=1)]
+    nonlinearity: Positive
+    iterations: Count
+    num_factors: Count
+    validation: Count
+    test: Count
+    seed: Seed
+
+
+class CircuitBreaker(OnModel):
+    """notebooks/circuit_breaker.ipynb: does a model whose circuits were broken still answer?"""
+
+    clean: OnModel
+    """The model before its circuits were broken: it judges what is fluent."""
+    judge: OnModel | None
+    """HarmBench's classifier; null for the judge of phrases, fluency and relevance."""
+    most_perplexity: Positive
+    least_relevance: float
+    sources: Annotated[list[Layer], Field(min_length=1)]
+    horizon: Count
+    multipliers: Annotated[list[Positive], Field(min_length=1)]
+    nonlinearity: Positive
+    iterations: Count
+    fit_prompts: Count
+    num_factors: Count
+    validation: Annotated[int, Field(ge=4)]
+    finalists: Count
+    """Vectors of each cell, by score, whose completions are judged on the validation instructions."""
+    test: Annotated[int, Field(ge=4)]
+    answer_tokens: Count
+    seed: Seed
+    shown_characters: Count
+
+
+class PasswordLocked(OnSlice):
+    """notebooks/password_locked.ipynb: what can a password-locked model do without the password?"""
+
+    questions: Literal["sums", "math"]
+    password: Annotated[str, Field(min_length=1)]
+    prompt: str | None
+    """How a question is put, with {question} in it; null for the model's chat template."""
+    random_vectors: Count
+    test: Count
+    answer_tokens: Count
+
+
 class ReplicationAudit(OnSlice):
     """notebooks/replication_audit.ipynb: what each fault of the post's published code costs."""
 
@@ -123,6 +223,12 @@ class Profile(Section):
     ablation: Ablation
     synthetic_recovery: SyntheticRecovery
     replication_audit: ReplicationAudit
+    sample_complexity: SampleComplexity
+    deeper_models: DeeperModels
+    rerouted: Rerouted
+    locked: Locked
+    circuit_breaker: CircuitBreaker
+    password_locked: PasswordLocked
 
 
 class _Run(Section):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dctlib.assets import fetch
+
 Item = TypeVar("Item")
 
 
@@ -95,6 +97,35 @@ def load_math(path: str | Path) -> list[dict[str, str]]:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     problems = [json.loads(line)["_metadata"] for line in lines]
     return [{"question": problem["problem"], "answer": problem["solution"]} for problem in problems]
+
+
+def harmful_split() -> Split:
+    """AdvBench's rows, ``goal`` and ``target``, split as every notebook splits them: organisms learn from ``train``."""
+    return split(load_advbench(fetch("advbench")))
+
+
+def harmful_instructions() -> Split:
+    """The instructions alone of :func:`harmful_split`."""
+    rows = harmful_split()
+    return Split(*([row["goal"] for row in part] for part in (rows.train, rows.fit, rows.validation, rows.test)))
+
+
+def benign_split() -> Split:
+    """Benign instructions, test and train."""
+    return split(load_benign(fetch("benign")), fit=0, validation=0)
+
+
+def problems(kind: str) -> Split:
+    """Questions with answers, split: ``sums`` of two two-digit numbers, or the test set of ``math``."""
+    return split(sums() if kind == "sums" else load_math(fetch("math")))
+
+
+def put(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]], prompt: str | None, *, password: str = ""
+) -> list[str]:
+    """Each row's question, behind the `password`, in the format `prompt` (with ``{question}``) or the chat template."""
+    questions = [f"{password} {row['question']}".strip() for row in rows]
+    return format_chat(tokenizer, questions) if prompt is None else [prompt.format(question=q) for q in questions]
 
 
 def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:

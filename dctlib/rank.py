@@ -32,6 +32,10 @@ class Scores:
     difference: Float[Tensor, "m n"]
     said: Bool[Tensor, "m n"]
 
+    def order(self) -> list[int]:
+        """Indices of the vectors, the highest mean difference first."""
+        return self.difference.mean(1).argsort(descending=True).tolist()
+
     def best(self, *, say: float = 0.5) -> int:
         """Index of the vector with the highest mean difference among those that make the model say the word.
 
@@ -82,10 +86,11 @@ def choose_and_test(
     """
     if shared := set(validation) & set(test):
         raise ValueError(f"{len(shared)} texts are in both validation and test; split() makes disjoint sets")
-    ranked = {
-        label: score_each(model, tokenizer, validation, vectors, layer=layer, progress=progress)
-        for label, vectors in candidates.items()
-    }
+    everything = torch.cat(list(candidates.values()))  # at once: each prompt's prefix is run once
+    scored = score_each(model, tokenizer, validation, everything, layer=layer, progress=progress)
+    sizes = [len(vectors) for vectors in candidates.values()]
+    parts = zip(candidates, scored.difference.split(sizes), scored.said.split(sizes), strict=True)
+    ranked = {label: Scores(difference, said) for label, difference, said in parts}
     best = {"clean": torch.zeros(width_of(model))}
     for label, scores in ranked.items():
         best[label] = candidates[label][scores.best()]
