@@ -172,7 +172,11 @@ def _epochs(examples: Sequence[Example], generator: torch.Generator) -> Iterator
 
 
 def _new_and_old(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], layers: Sequence[int], whole=False
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    layers: Sequence[int],
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residuals at `layers` with and without the LoRA, (layers, batch, tokens, d), and where to compare them.
 

@@ -32,10 +32,6 @@ class Scores:
     difference: Float[Tensor, "m n"]
     said: Bool[Tensor, "m n"]
 
-    def order(self) -> list[int]:
-        """Indices of the vectors, the highest mean difference first."""
-        return self.difference.mean(1).argsort(descending=True).tolist()
-
     def best(self, *, say: float = 0.5) -> int:
         """Index of the vector with the highest mean difference among those that make the model say the word.
 
