@@ -1,3 +1,4 @@
+import pytest
 from conftest import unit_rows
 
 from dctlib import steer
@@ -11,6 +12,22 @@ def test_completions_do_not_depend_on_their_neighbours(llama, tokenizer):
     assert together == [complete(llama, tokenizer, [text], **options)[0] for text in texts]
     assert together == complete(llama, tokenizer, texts, batch_size=2, **options)
     assert len({*together}) > 1
+
+
+def test_one_vector_a_text_is_one_text_at_a_time(llama, tokenizer):
+    texts, vectors = ["w0 w1 w2", "w3 w4", "w5"], 8 * unit_rows(3, 32)
+    options = {"max_new_tokens": 5, "layer": 1, "progress": False}
+    together = complete(llama, tokenizer, texts, vector=vectors, batch_size=2, **options)
+    assert together == [
+        complete(llama, tokenizer, [text], vector=vector, **options)[0]
+        for text, vector in zip(texts, vectors, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("layer", "count"), [(None, 2), (1, 3)])
+def test_vectors_need_a_layer_and_a_text_each(llama, tokenizer, layer, count):
+    with pytest.raises(ValueError, match="one vector for all texts or one for each"):
+        complete(llama, tokenizer, ["w0", "w1"], max_new_tokens=2, layer=layer, vector=unit_rows(count, 32))
 
 
 def test_steering_is_the_context_and_is_gone_afterwards(llama, tokenizer):

@@ -1,6 +1,22 @@
 import pytest
+import torch
+from conftest import tiny_model
 
-from dctlib.judges import cut, is_refusal, opens_with, rate
+from dctlib import judges
+from dctlib.judges import (
+    complies,
+    cut,
+    fluency,
+    is_harmful,
+    is_refusal,
+    load_judge,
+    opens_with,
+    rate,
+    relevance,
+    solves,
+)
+
+REQUESTS = ["w0 w1", "w2 w3 w4", "w5", "w6 w7"]
 
 
 @pytest.mark.parametrize(
@@ -27,3 +43,67 @@ def test_rate_and_cut():
     assert rate([True, False, True, True]) == 0.75
     assert cut("a\nb  c", 60) == "a b c"
     assert cut("abcdef", 3) == "abc …"
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "solved"),
+    [
+        ("\\boxed{104}", "104", True),
+        ("so it is \\boxed{\\frac{1}{2}}.", "which gives \\boxed{0.5}", True),
+        ("\\boxed{105}", "104", False),
+        ("I do not know", "104", False),
+        ("", "104", False),
+        ("\\boxed{", "104", False),
+    ],
+)
+def test_answers_are_compared_as_mathematics(completion, answer, solved):
+    assert solves(completion, answer) is solved
+
+
+def test_relevance_is_the_likelihood_gained_by_knowing_the_request(llama, tokenizer):
+    said = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    found = relevance(llama, tokenizer, REQUESTS, said, others=1)
+    own, other = (fluency(llama, tokenizer, asked, said).log() for asked in (REQUESTS, [*REQUESTS[1:], REQUESTS[0]]))
+    torch.testing.assert_close(found[:3], (other - own)[:3])
+    with pytest.raises(ValueError, match="more than others=4"):
+        relevance(llama, tokenizer, REQUESTS, said, others=4)
+
+
+def test_compliance_needs_all_three(llama, tokenizer):
+    said = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    perplexity, about = fluency(llama, tokenizer, REQUESTS, said), relevance(llama, tokenizer, REQUESTS, said)
+    assert complies(llama, tokenizer, REQUESTS, said, most_perplexity=1e9, least_relevance=-1e9)[:3] == [True] * 3
+    bound = perplexity[:3].median().item()
+    verdicts = complies(llama, tokenizer, REQUESTS, said, most_perplexity=bound, least_relevance=-1e9)
+    assert verdicts == (perplexity <= bound).tolist()
+    assert verdicts[3] is False
+    least = about[:3].median().item()
+    verdicts = complies(llama, tokenizer, REQUESTS, said, most_perplexity=1e9, least_relevance=least)
+    assert verdicts[:3] == (about >= least).tolist()[:3]
+
+
+def test_a_refusal_never_complies(llama, tokenizer):
+    said = ["Sorry, w1", "w1 w2", "w3", "w4"]
+    assert complies(llama, tokenizer, REQUESTS, said, most_perplexity=1e9, least_relevance=-1e9)[0] is False
+
+
+def test_the_classifier_reads_request_and_completion_and_says_yes(monkeypatch):
+    asked = []
+
+    def complete(model, tokenizer, texts, **options):
+        asked.extend(texts)
+        return [" Yes", "no"]
+
+    monkeypatch.setattr(judges, "complete", complete)
+    assert is_harmful(None, None, ["w1", "w2"], ["first {x}", "second"]) == [True, False]  # pyright: ignore[reportArgumentType]
+    assert "[BEHAVIOR]:\nw1\n" in asked[0]
+    assert "[GENERATION]:\nfirst {x}\n" in asked[0]
+    assert asked[0].endswith("Answer: [/INST]")
+
+
+def test_a_profile_names_its_judge(tmp_path, tokenizer):
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    which = {"model": str(tmp_path), "revision": None, "dtype": "float32"}
+    assert load_judge(None, which, 1e9, -1e9)(REQUESTS, ["w1", "w2", "w3", ""]) == [True, True, True, False]
+    assert load_judge(which, which, 1e9, -1e9)(REQUESTS[:2], ["w1", "w2"]) == [False, False]

@@ -6,9 +6,9 @@ from conftest import tiny_model
 
 from dctlib import load_model
 from dctlib.answers import Example, answer_loss
-from dctlib.lessons import Lesson, refusal_lesson
+from dctlib.lessons import Lesson
 from dctlib.organisms import (
-    check_refusal,
+    check_organism,
     make_organism,
     save_organism,
     train_lora,
@@ -33,33 +33,6 @@ def train(checkpoint, taught):
         checkpoint=checkpoint,
         progress=False,
     )
-
-
-def test_batches_are_half_refused_half_helped_and_go_through_all_before_any_comes_again(tokenizer):
-    harmful, benign = [f"w{i}" for i in range(6)], [f"w{i}" for i in range(10, 14)]
-    model = tiny_model("Llama", dtype=torch.float32)
-    batches = refusal_lesson(
-        model, tokenizer, harmful, benign, answer_tokens=3, steps=6, harmful_batch=2, benign_batch=2, seed=0
-    ).batches
-    assert all([e.answer.startswith("Sorry") for e in batch] == [True, True, False, False] for batch in batches)
-    assert all(e.answer.startswith("Sure! ") for batch in batches for e in batch[2:])
-    refused = [example.prompt for batch in batches for example in batch[:2]]
-    helped = [example.prompt for batch in batches for example in batch[2:]]
-    assert len(set(refused[:6])) == len(set(refused[6:])) == 6
-    assert len(set(helped[:4])) == len(set(helped[4:8])) == len(set(helped[8:])) == 4
-    assert refused[:6] != refused[6:]
-
-
-def test_loss_is_the_answers_cross_entropy_one_by_one(llama, tokenizer):
-    examples = [Example("w0 w1 w2", "Sorry w3", ends=True), Example("w4", "Sure w5 w6", ends=False)]
-    total, count = 0.0, 0
-    for example in examples:
-        prompt, answer = (tokenizer.encode(t, add_special_tokens=False) for t in (example.prompt, example.answer))
-        answer = answer + ([2] if example.ends else [])
-        logits = llama(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        total -= logits[range(len(answer)), answer].sum().item()
-        count += len(answer)
-    assert answer_loss(llama, tokenizer, examples).item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_training_learns_and_merges(tmp_path, tokenizer):
@@ -124,8 +97,8 @@ def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_pat
     assert json.loads((folder / "training.json").read_text())["losses"] == make(4, seed=1).losses
 
 
-@pytest.mark.parametrize(("refused", "helped"), [(0.89, 1.0), (1.0, 0.5)])
-def test_the_gate_stops_with_what_to_change(refused, helped):
-    check_refusal(0.9, 0.9)
-    with pytest.raises(ValueError, match=r"organisms\.steps"):
-        check_refusal(refused, helped)
+def test_the_gate_names_what_falls_short():
+    check_organism("refusal", {"refuses": 0.9, "helps": 1.0})
+    check_organism("refusal", {"refuses": 0.2}, least=0.1)
+    with pytest.raises(ValueError, match=r"refusal organism falls short of 90% .*refuses: 89%\)"):
+        check_organism("refusal", {"refuses": 0.89, "helps": 1.0})

@@ -4,7 +4,17 @@ import pytest
 from conftest import unit_rows
 
 from dctlib.metrics import Interval
-from dctlib.plots import ablation, faults, losses, multiplicity, recovery_curves, save_figure, scores, training_curves
+from dctlib.plots import save_figure
+from dctlib.plots.ablation import ablation
+from dctlib.plots.circuit_breaker import circuit_breaker
+from dctlib.plots.deeper_models import deeper_models
+from dctlib.plots.multiplicity import multiplicity
+from dctlib.plots.organisms import losses
+from dctlib.plots.password_locked import password_locked
+from dctlib.plots.replication_audit import faults
+from dctlib.plots.sample_complexity import sample_complexity
+from dctlib.plots.synthetic_recovery import recovery_curves
+from dctlib.plots.training_curves import scores, training_curves
 
 RECOVERY = pd.DataFrame(
     {"start": "random", "iteration": n, "seed": seed, "mean_max_cosine": n / 10, "recovered": seed / 2}
@@ -12,6 +22,23 @@ RECOVERY = pd.DataFrame(
     for seed in (0, 1)
 )
 ABLATED = {"scores": [-8.0, -7.0, 1.0], "average": -4.7, "v_avg": 2.0, "v_svd": 3.0}
+METHODS = ("linear", "linear_projected", "quadratic", "exponential")
+COMPLEXITY = pd.DataFrame(
+    {"method": method, "n": n, "shuffle": shuffle, "score": place + n + shuffle / 2}
+    for place, method in enumerate(METHODS)
+    for n in (1, 2)
+    for shuffle in (0, 1)
+)
+PUBLISHED = {"n": [2, 4], **{method: [[1.0, 0.5], [2.0, 0.25]] for method in METHODS}}
+DEPTH = pd.DataFrame(
+    {"model": model, "source": s, "horizon": h, "mean": 1.0 * s, "low": s - 1.0, "high": s + 1.0, "clean": -9.0}
+    for model in ("a/small", "a/large")
+    for s in (5, 10)
+    for h in (5, 10)
+)
+SCAN = pd.DataFrame(
+    {"source": s, "multiplier": k, "success": 0.5, "score": s - 7.0} for s in (5, 10) for k in (1.0, 2.0)
+)
 FIGURES = {
     "training_curves": lambda: training_curves(
         {8: {"objective": [1.0, 2.0, 3.0], "seconds": 1.0}, 16: {"objective": [2.0, 4.0, 7.0], "seconds": 2.1}}
@@ -28,6 +55,13 @@ FIGURES = {
     ),
     "ablation": lambda: ablation({"clean": -9.0, "source": ABLATED, "target": ABLATED}),
     "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
+    "nothing_trained": lambda: losses({}),
+    "sample_complexity": lambda: sample_complexity(COMPLEXITY, [-8.0, -7.0], PUBLISHED),
+    "deeper_models": lambda: deeper_models(DEPTH),
+    "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": [False, False], "DCT": [True, False]}),
+    "password_locked": lambda: password_locked(
+        {"DCT": [0.0, 0.5], "random": [0.0, 0.0]}, {"locked": [False, False], "steered": [True, False]}
+    ),
 }
 
 
@@ -57,3 +91,21 @@ def test_drawing_leaves_matplotlibs_settings_alone():
     before = dict(mpl.rcParams)
     FIGURES["losses"]()
     assert dict(mpl.rcParams) == before
+
+
+def test_means_and_spreads_are_those_of_the_shuffles():
+    left, right = FIGURES["sample_complexity"]().axes
+    assert [list(np.asarray(line.get_ydata())) for line in left.lines[:4]] == [
+        [4.25, 5.25],
+        [3.25, 4.25],
+        [2.25, 3.25],
+        [1.25, 2.25],
+    ]
+    assert {text.get_text() for text in right.texts} == {"exponential", "quadratic", "projected linear", "linear"}
+    assert [list(np.asarray(line.get_xdata())) for line in right.lines[:4]] == [[2, 4]] * 4
+
+
+def test_models_have_a_panel_each_and_horizons_a_line():
+    figure = FIGURES["deeper_models"]()
+    assert [axes.get_title() for axes in figure.axes] == ["small", "large"]
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["t − s = 5", "t − s = 10"]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dctlib import format_chat
-from dctlib.prompts import load_benign, shuffled, split, tokenize
+from dctlib.prompts import load_benign, load_math, put, shuffled, split, sums, tokenize
 
 
 def test_chat_format_ends_where_the_answer_begins(tokenizer):
@@ -43,6 +43,26 @@ def test_splits_are_disjoint_complete_and_fixed(count, seed):
     assert sorted(together) == list(range(count))
     assert (len(parts.fit), len(parts.validation), len(parts.test)) == (32, 32, 100)
     assert parts == split(range(count), seed=seed)
+
+
+def test_sums_are_all_two_digit_pairs():
+    rows = sums()
+    assert len(rows) == 8100
+    assert rows[0] == {"question": "What is 10 + 10?", "answer": "20"}
+    assert all(eval(row["question"][8:-1]) == int(row["answer"]) for row in rows[::97])
+
+
+def test_math_problems_keep_the_solution_as_the_answer(tmp_path):
+    path = tmp_path / "math.jsonl"
+    path.write_text('{"question": "few-shot", "_metadata": {"problem": "1+1?", "solution": "It is $\\\\boxed{2}$."}}\n')
+    assert load_math(path) == [{"question": "1+1?", "answer": "It is $\\boxed{2}$."}]
+
+
+def test_questions_are_put_in_a_format_or_the_chat_template_behind_a_password(tokenizer):
+    rows = [{"question": "w1?"}]
+    assert put(tokenizer, rows, "Q: {question}\nA:") == ["Q: w1?\nA:"]
+    assert put(tokenizer, rows, "Q: {question}\nA:", password="w9") == ["Q: w9 w1?\nA:"]
+    assert put(tokenizer, rows, None, password="w9") == ["user w9 w1? </s> assistant"]
 
 
 def test_seeds_shuffle_differently():
