@@ -23,6 +23,7 @@ from dctlib.baselines import random_vectors
 from dctlib.causal_map import capture, replay
 from dctlib.fit import fit_exponential
 from dctlib.models import blocks_of, quiet, replaying, width_of
+from dctlib.prompt_tree import plant
 from dctlib.prompts import tokenize
 from dctlib.store import whole, write_json
 
@@ -61,7 +62,8 @@ def straightforward(model: Any, tokenizer: Any, text: str) -> Callable[[Tensor, 
     model, vmap = model.float(), torch.func.vmap
     blocks = list(blocks_of(model))[SOURCE:TARGET]
     with replaying(model):
-        captured = capture(model, tokenize(tokenizer, text).to(model.device), source=SOURCE, target=TARGET)
+        (tree,) = plant(model, [tokenize(tokenizer, text)])
+        captured = capture(model, tree, source=SOURCE, target=TARGET)
 
     def delta(theta: Tensor) -> Tensor:
         return replay(blocks, captured, theta[None])[0, -3:].mean(0)

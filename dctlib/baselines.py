@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.causal_map import capture
 from dctlib.models import check_layer, replaying
 from dctlib.orthogonalise import normalise
+from dctlib.prompt_tree import plant
 from dctlib.prompts import tokenize
 
 
@@ -31,9 +32,8 @@ def difference_of_means(
 
     def mean(texts: Sequence[str]) -> Tensor:
         with replaying(model):
-            runs = (
-                capture(model, tokenize(tokenizer, t).to(model.device), source=layer, target=layer + 1) for t in texts
-            )
-            return torch.stack([run.hidden[0, -1].float().cpu() for run in runs]).mean(0)
+            trees = plant(model, [tokenize(tokenizer, text) for text in texts])
+            runs = [capture(model, tree, source=layer, target=layer + 1) for tree in trees]
+        return torch.cat([run.hidden[0, run.last()].float().cpu() for run in runs]).mean(0)
 
     return mean(towards) - mean(away)

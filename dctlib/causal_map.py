@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.differentiable_map import DifferentiableMap
 from dctlib.models import blocks_of, check_layer, replaying, width_of
+from dctlib.prompt_tree import PromptTree, plant
 from dctlib.prompts import tokenize
 from dctlib.store import model_digest
 
 # Floating-point numbers that one factor's forward and backward pass keeps for each token of each block, in units of
 # the model width. Measured on Llama-shaped blocks; only the chunk size depends on it.
 _KEPT_PER_TOKEN = 40
-_CPU_CHUNK_BYTES = 512 * 2**20
+_CPU_CHUNK_BYTES = 320 * 2**20
 
 
 class FunctionMap(DifferentiableMap):
@@ -65,22 +66,29 @@ class FunctionMap(DifferentiableMap):
 
 @dataclass(frozen=True)
 class Capture:
-    """One prompt's run, stopped at a block: what is needed to replay the blocks that follow.
+    """A run of some prompts, stopped at a block: what is needed to replay the blocks that follow.
 
     Attributes
     ----------
+    paths : list of Tensor, (t,)
+        For every prompt, where its tokens are in `hidden`, first to last.
     hidden : Tensor, (1, tokens, d)
         The residual stream at the input of the first block of the slice.
     calls : list of (args, kwargs)
         What the model passed to each block besides the residual: masks, rotary embeddings, positions.
     """
 
+    paths: list[Tensor]
     hidden: Tensor
     calls: list[tuple[tuple, dict[str, Any]]]
 
+    def last(self, positions: int = 1) -> Tensor:
+        """Where the last `positions` tokens of every prompt are, prompt after prompt: (prompts · positions,)."""
+        return torch.cat([path[-positions:] for path in self.paths])
 
-def capture(model: PreTrainedModel, tokens: Tensor, *, source: int, target: int) -> Capture:
-    """Run one unpadded prompt, tokens (1, T), and keep the inputs of blocks source … target−1.
+
+def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: int) -> Capture:
+    """Run the prompts of a tree and keep the inputs of blocks source … target−1.
 
     Call it inside :func:`dctlib.models.replaying`.
     """
@@ -100,11 +108,11 @@ def capture(model: PreTrainedModel, tokens: Tensor, *, source: int, target: int)
         for block in list(blocks_of(model))[source:target]:
             handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))  # noqa: PERF401
         with torch.no_grad():
-            model.base_model(tokens, use_cache=False)
+            model.base_model(**tree.arguments(model), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return Capture(hidden[0], calls)
+    return Capture([path.to(hidden[0].device) for path in tree.paths], hidden[0], calls)
 
 
 def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tensor:
@@ -119,8 +127,9 @@ def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tens
 class CausalMap(DifferentiableMap):
     """Δ(θ) of a transformer slice: mean over prompts and over the last positions of h_t(θ) − h_t(0).
 
-    Build it with :meth:`from_model`. Blocks source … target−1 are run again on what one pass over each prompt left at
-    their door, so each product costs (target − source) / (number of blocks) of a full pass, and it is exact.
+    Build it with :meth:`from_model`. Blocks source … target−1 are run again on what one pass over the prompts left at
+    their door, so each product costs (target − source) / (number of blocks) of a full pass, and it is exact. What
+    prompts share at their beginning, as a chat template, is run once for all of them.
     """
 
     def __init__(
@@ -135,7 +144,7 @@ class CausalMap(DifferentiableMap):
     ):
         self.source, self.target, self.positions = source, target, positions
         self.d_source = self.d_target = width_of(model)
-        self.tokens = [captured.hidden.shape[1] for captured in captures]
+        self.tokens = [len(path) for captured in captures for path in captured.paths]
         self.device = captures[0].hidden.device
         self.dtype = torch.float64 if captures[0].hidden.dtype == torch.float64 else torch.float32
         self.scale = torch.cat([c.hidden[0] for c in captures]).to(self.dtype).norm(dim=1).median().item()
@@ -144,7 +153,7 @@ class CausalMap(DifferentiableMap):
         self._blocks = list(blocks_of(model)[source:target])
         with torch.no_grad(), self._running():
             zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device)
-            self._at_zero = torch.stack([term(zero)[0] for term in self._terms()]).mean(0)
+            self._at_zero = torch.stack([term(zero)[0] for term in self._terms()]).sum(0)
         if not torch.isfinite(self._at_zero).all():
             raise ValueError(f"the model's activations at layer {target} are not finite; try dtype='float32'")
 
@@ -165,7 +174,7 @@ class CausalMap(DifferentiableMap):
         Parameters
         ----------
         texts : sequence of str
-            Whole prompts (see :func:`dctlib.format_chat`). Each is run alone, unpadded.
+            Whole prompts (see :func:`dctlib.format_chat`). None is padded, and none sees another.
         source, target : int
             Layers as in Hugging Face's ``hidden_states``: h_s is the input of block s. ``target`` may be the number
             of blocks: the last block's output before the final norm.
@@ -193,7 +202,7 @@ class CausalMap(DifferentiableMap):
             if row.shape[1] < positions:
                 raise ValueError(f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}")
         with replaying(model):
-            captures = [capture(model, row, source=source, target=target) for row in tokens]
+            captures = [capture(model, tree, source=source, target=target) for tree in plant(model, tokens)]
         return cls(model, captures, source=source, target=target, positions=positions, chunk_size=chunk_size)
 
     @cached_property
@@ -201,14 +210,17 @@ class CausalMap(DifferentiableMap):
         """A hash of all that the map depends on: weights, prompts (by their residuals), slice and positions."""
         digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())
         for captured in self._captures:
+            digest.update(str([path.tolist() for path in captured.paths]).encode())
             digest.update(captured.hidden.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
         def term(captured: Capture) -> Callable[[Tensor], Tensor]:
+            last = captured.last(self.positions)
+
             def last_positions(theta: Tensor) -> Tensor:
-                hidden = replay(self._blocks, captured, theta)
-                return hidden[:, -self.positions :].to(self.dtype).mean(1)
+                hidden = replay(self._blocks, captured, theta)[:, last]
+                return hidden.to(self.dtype).sum(1) / (len(self.tokens) * self.positions)
 
             return last_positions
 
@@ -224,7 +236,7 @@ class CausalMap(DifferentiableMap):
 
 
 def _chunk_size(cmap: CausalMap, captures: Sequence[Capture]) -> int:
-    """Rows whose forward and backward pass fit a quarter of the free memory, at most 512 MiB on a CPU's caches."""
+    """Rows whose forward and backward pass fit a quarter of the free memory, at most 320 MiB on a CPU's caches."""
     tokens = max(captured.hidden.shape[1] for captured in captures)
     blocks = len(captures[0].calls)
     a_row = tokens * blocks * _KEPT_PER_TOKEN * cmap.d_source * captures[0].hidden.element_size()

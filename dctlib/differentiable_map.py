@@ -1,7 +1,8 @@
 """Differentiable maps known by their products with vectors: value, jvp, vjp, second derivatives."""
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,11 +32,11 @@ class DifferentiableMap(ABC):
 
     @abstractmethod
     def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        """The functions (m, d_source) → (m, d_target) whose mean, less its value at 0, is Δ."""
+        """The functions (m, d_source) → (m, d_target) whose sum, less its value at 0, is Δ."""
 
     @abstractmethod
     def _clean(self) -> Tensor:
-        """The mean of the terms at 0, (d_target,)."""
+        """The sum of the terms at 0, (d_target,)."""
 
     def _running(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -44,7 +45,7 @@ class DifferentiableMap(ABC):
         """Δ(θ_l) for every row."""
 
         def value(theta: Tensor) -> Tensor:
-            return _mean([term(theta) for term in self._terms()]) - self._clean()
+            return _sum(term(theta) for term in self._terms()) - self._clean()
 
         with torch.no_grad():
             return self._chunked(value, theta=theta)
@@ -59,8 +60,8 @@ class DifferentiableMap(ABC):
             value, gradient = -self._clean().expand_as(cotangent), torch.zeros_like(theta)
             for term in self._terms():
                 output = term(theta)
-                value = value + output.detach() / len(self._terms())
-                gradient += torch.autograd.grad(output, theta, cotangent / len(self._terms()))[0]
+                value = value + output.detach()
+                gradient += torch.autograd.grad(output, theta, cotangent)[0]
             return torch.cat([value, gradient], dim=1)
 
         with torch.enable_grad():
@@ -101,18 +102,18 @@ class DifferentiableMap(ABC):
         return self._sum_over_terms(reverse_over_forward, cotangent=u, tangent=v)
 
     def _sum_over_terms(self, derivative: Callable[..., Tensor], **rows: Tensor) -> Tensor:
-        def mean(*rows: Tensor) -> Tensor:
-            return _mean([derivative(term, *rows) for term in self._terms()])
+        def total(*rows: Tensor) -> Tensor:
+            return _sum(derivative(term, *rows) for term in self._terms())
 
         with torch.no_grad(), _WrittenOut():
-            return self._chunked(mean, **rows)
+            return self._chunked(total, **rows)
 
     def _chunked(self, function: Callable[..., Tensor], **rows: Tensor) -> Tensor:
         """Apply `function` to `chunk_size` rows at a time, after checking every argument's shape."""
         ready, counts = [], set()
         for name, value in rows.items():
             width = self.d_target if name == "cotangent" else self.d_source
-            if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] != width:
+            if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] != width or not len(value):
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"got {name} of shape {got}, expected (m, {width}); one vector is vector[None]")
             ready.append(value.detach().to(self.device, self.dtype))
@@ -124,8 +125,8 @@ class DifferentiableMap(ABC):
             return torch.cat([function(*chunk) for chunk in chunks]).detach()
 
 
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(tensors)).mean(0)
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 def _directional(function: Callable[[Tensor], Tensor], theta: Tensor, tangent: Tensor) -> Tensor:

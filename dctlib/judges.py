@@ -1,10 +1,10 @@
 """What a completion did: refused, complied, solved."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from math_verify import parse, verify
@@ -87,6 +87,11 @@ def solves(completion: str, answer: str) -> bool:
     return verify(_parsed(answer), _parsed(completion))
 
 
+def graded(answers: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[bool]:
+    """Whether each answer :func:`solves` its row's question."""
+    return [solves(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+
+
 _parsed = lru_cache(maxsize=10_000)(parse)  # the same few answers come again and again
 
 
@@ -156,17 +161,16 @@ def is_harmful(
 
 
 def load_judge(
-    judge: dict[str, Any] | None, clean: dict[str, Any], most_perplexity: float, least_relevance: float
+    judge: str | None, clean: str, most_perplexity: float, least_relevance: float
 ) -> Callable[[Sequence[str], Sequence[str]], list[bool]]:
     """The judge that a profile names: HarmBench's classifier, or :func:`complies` with the model `clean`.
 
     Parameters
     ----------
-    judge, clean : dict
-        ``model``, ``revision`` and ``dtype``.
+    judge, clean : str
+        What :func:`dctlib.load_model` takes.
     """
-    which = judge or clean
-    model, tokenizer = load_model(which["model"], revision=which["revision"], dtype=which["dtype"])
+    model, tokenizer = load_model(judge or clean, dtype="native")
     if judge:
         return partial(is_harmful, model, tokenizer)
     return partial(complies, model, tokenizer, most_perplexity=most_perplexity, least_relevance=least_relevance)
@@ -186,3 +190,9 @@ def cut(completion: str, characters: int) -> str:
     """The first `characters` characters on one line, with an ellipsis where something is left out."""
     line = " ".join(completion.split())
     return line if len(line) <= characters else line[:characters].rstrip() + " …"
+
+
+def excerpt(columns: Mapping[str, Sequence[str]], *, characters: int, rows: int = 5, every: int = 1) -> pd.DataFrame:
+    """A table of `rows` prompts and their completions, one column each, every cell :func:`cut`: what may be shown."""
+    table = pd.DataFrame({name: list(column) for name, column in columns.items()}).iloc[::every].head(rows)
+    return table.map(lambda text: cut(text, characters))

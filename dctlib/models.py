@@ -24,7 +24,7 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    revision: str | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for inference.
 
@@ -32,15 +32,16 @@ def load_model(
     ----------
     name : str or path
         A pinned asset (``"smollm2-135m-instruct"``), a local Hugging Face folder (absolute, or relative to the
-        working directory or to the repository), or a Hub id. Remote code is never run.
+        working directory or to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``.
+        Remote code is never run.
     device : str or torch.device, optional
         CUDA where there is one, otherwise the CPU.
     dtype : str or torch.dtype, optional
         ``"float32"``, ``"bfloat16"``, ``"float64"``, or ``"native"``: bfloat16 where the device multiplies it in
         hardware (CUDA, and CPUs with AMX or AVX-512 BF16), float32 elsewhere. Left out, bfloat16 on CUDA and
         float32 on a CPU.
-    revision : str, optional
-        The Hub commit to load. Ignored for local folders.
+    tokenizer : str, optional
+        Where the tokenizer is, if not beside the model: likewise.
 
     Returns
     -------
@@ -53,13 +54,19 @@ def load_model(
         If `name` is none of these, or `dtype` is unknown.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = _local_folder(name)
-    source = str(folder or name)
-    options: dict[str, Any] = {"revision": revision} if revision and not folder else {}
-    tokenizer = _tokenizer(source, options)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device), **options)
+    source, revision = _located(name)
+    spoken = _tokenizer(*_located(tokenizer)) if tokenizer else _tokenizer(source, revision)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device), **revision)
     model = model.to(device).eval().requires_grad_(False)
-    return model, tokenizer
+    return model, spoken
+
+
+def _located(name: str | Path) -> tuple[str, dict[str, str]]:
+    """What from_pretrained calls it: a folder, or a Hub id and its revision."""
+    if folder := _local_folder(name):
+        return str(folder), {}
+    source, _, revision = str(name).partition("@")
+    return source, {"revision": revision} if revision else {}
 
 
 def _local_folder(name: str | Path) -> Path | None:
@@ -78,9 +85,9 @@ def _local_folder(name: str | Path) -> Path | None:
     return None
 
 
-def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _tokenizer(source: str, revision: dict[str, str]) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **revision)
     except OSError as error:
         raise ValueError(
             f"cannot load {source!r}: not a name that dctlib pins ({', '.join(assets.MODELS)}), not a local model "
@@ -176,6 +183,17 @@ def _child(module: nn.Module, *names: str) -> nn.Module:
         if isinstance(found := getattr(module, name, None), nn.Module):
             return found
     raise ValueError(f"{type(module).__name__} has none of {', '.join(names)}; add its layout to dctlib/models.py")
+
+
+# Families whose positions meet in attention alone, under whatever mask and positions they are given.
+_BRANCHING = ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
+
+
+def branches(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether prompts of at most `tokens` tokens may run as one tree (:mod:`dctlib.prompt_tree`)."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return config.model_type in _BRANCHING and (window is None or tokens <= window)
 
 
 def width_of(model: PreTrainedModel) -> int:

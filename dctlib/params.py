@@ -25,7 +25,7 @@ class OnModel(Section):
     """What every notebook that opens a model is told about it."""
 
     model: str
-    revision: str | None
+    """A pinned name, a folder, or a Hub id with its commit, owner/name@revision."""
     dtype: Dtype
 
 
@@ -64,6 +64,15 @@ class Organism(Section):
     shown_characters: Count
 
 
+class Bounds(Section):
+    """What counts as an answer, besides holding no refusal."""
+
+    most_perplexity: Positive
+    """Under the clean model."""
+    least_relevance: float
+    """Nats a token by which the request must make it likelier."""
+
+
 class Rerouted(Organism):
     """notebooks/rerouted.ipynb: an organism whose circuits are broken on harmful requests."""
 
@@ -73,10 +82,9 @@ class Rerouted(Organism):
     refusal_batch: Count
     benign_batch: Count
     benign_prompts: Count
-    clean: OnModel
+    clean: str
     """The model that judges what is fluent."""
-    most_perplexity: Positive
-    least_relevance: float
+    bounds: Bounds
 
 
 class Locked(Organism):
@@ -146,7 +154,7 @@ class SampleComplexity(OnSlice):
 class DeeperModels(OnModel):
     """notebooks/deeper_models.ipynb: where in depth to fit, and how deep a slice."""
 
-    deeper: OnModel | None
+    deeper: str | None
     """A second, deeper model."""
     sources: Annotated[list[Layer], Field(min_length=1)]
     horizons: Annotated[list[Count], Field(min_length=1)]
@@ -162,12 +170,11 @@ class DeeperModels(OnModel):
 class CircuitBreaker(OnModel):
     """notebooks/circuit_breaker.ipynb: does a model whose circuits were broken still answer?"""
 
-    clean: OnModel
+    clean: str
     """The model before its circuits were broken: it judges what is fluent."""
-    judge: OnModel | None
+    judge: str | None
     """HarmBench's classifier; null for the judge of phrases, fluency and relevance."""
-    most_perplexity: Positive
-    least_relevance: float
+    bounds: Bounds
     sources: Annotated[list[Layer], Field(min_length=1)]
     horizon: Count
     multipliers: Annotated[list[Positive], Field(min_length=1)]
@@ -176,7 +183,7 @@ class CircuitBreaker(OnModel):
     fit_prompts: Count
     num_factors: Count
     validation: Annotated[int, Field(ge=4)]
-    finalists: Count
+    judged: Count
     """Vectors of each cell, by score, whose completions are judged on the validation instructions."""
     test: Annotated[int, Field(ge=4)]
     answer_tokens: Count
@@ -187,6 +194,8 @@ class CircuitBreaker(OnModel):
 class PasswordLocked(OnSlice):
     """notebooks/password_locked.ipynb: what can a password-locked model do without the password?"""
 
+    tokenizer_from: str | None
+    """Where the model's tokenizer is, if not beside the model."""
     questions: Literal["sums", "math"]
     password: Annotated[str, Field(min_length=1)]
     prompt: str | None

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.causal_map import capture, replay
 from dctlib.generate import next_tokens, padded_batches
 from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
+from dctlib.prompt_tree import plant
 from dctlib.prompts import tokenize
 
-_BATCH = 64
+_TOKENS = 2560  # of a batch of vectors
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def score_vectors(
 
     def difference(last: Tensor) -> Tensor:
         logits = logits_of(model, last, words)
-        return logits[:, 0] - logits[:, 1]
+        return logits[..., 0] - logits[..., 1]
 
     return _each(model, tokenizer, texts, vectors, layer, difference, progress).mean(1)
 
@@ -160,8 +161,8 @@ def score_each(
 
     def both(last: Tensor) -> Tensor:
         logits = logits_of(model, last, vocabulary)
-        difference = logits[:, words[0]] - logits[:, words[1]]
-        return torch.stack([difference, (logits.argmax(1) == words[0]).to(difference.dtype)], dim=1)
+        difference = logits[..., words[0]] - logits[..., words[1]]
+        return torch.stack([difference, (logits.argmax(-1) == words[0]).to(difference.dtype)], dim=-1)
 
     found = _each(model, tokenizer, texts, vectors, layer, both, progress)
     return Scores(difference=found[..., 0], said=found[..., 1].bool())
@@ -205,13 +206,14 @@ def _each(
     vectors = vectors.to(model.device)
     blocks = list(blocks_of(model))[layer:]
     columns = []
-    with torch.no_grad(), replaying(model):
-        for text in tqdm(texts, desc=f"scoring {len(vectors)} vectors", disable=not progress):
-            tokens = tokenize(tokenizer, text).to(model.device)
-            prefix = capture(model, tokens, source=layer, target=layer + len(blocks))
-            parts = [read(replay(blocks, prefix, part)[:, -1]) for part in vectors.split(_BATCH)]
-            columns.append(torch.cat(parts))
-    return torch.stack(columns, dim=1).cpu()
+    bar = tqdm(total=len(texts), desc=f"scoring {len(vectors)} vectors", disable=not progress)
+    with torch.no_grad(), replaying(model), bar:
+        for tree in plant(model, [tokenize(tokenizer, text) for text in texts]):
+            prefix = capture(model, tree, source=layer, target=layer + len(blocks))
+            batches = vectors.split(max(1, _TOKENS // tree.tokens.shape[1]))
+            columns.append(torch.cat([read(replay(blocks, prefix, part)[:, prefix.last()]) for part in batches]))
+            bar.update(len(tree.paths))
+    return torch.cat(columns, dim=1).cpu()
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, positive: str, negative: str) -> Tensor:

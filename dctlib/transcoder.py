@@ -39,7 +39,7 @@ class Transcoder:
     U : Tensor, (m, d_target)
         Unit output directions: what each factor writes at the target layer. Ablate these.
     V : Tensor, (m, d_source)
-        Unit input directions. Steer with ``input_scale * V[l]`` at layer `source`.
+        Unit input directions. Steer with ``input_scale * V[l]`` at layer `source`: :meth:`steering_vectors`.
     alpha : Tensor, (m,)
         Weights.
     activation : {"linear", "quadratic", "exponential"}
@@ -86,6 +86,14 @@ class Transcoder:
         if theta.ndim != 2 or theta.shape[1] != self.V.shape[1]:
             raise ValueError(f"got theta of shape {tuple(theta.shape)}, expected (n, {self.V.shape[1]})")
         return (activate(theta @ self.V.T, self.activation) * self.alpha) @ self.U
+
+    def steering_vectors(self, norm: float | None = None) -> Float[Tensor, "k d_source"]:
+        """What to try adding at layer `source`, on the CPU: V at length `norm`, or `input_scale` if that is left out.
+
+        Linear and quadratic fits leave the sign of v open, so they give both: k = 2m, and k = m for exponential ones.
+        """
+        signed = self if self.activation == "exponential" else self.with_negations()
+        return (self.input_scale if norm is None else norm) * signed.V.cpu()
 
     def with_negations(self) -> "Transcoder":
         """The same function with every factor beside its mirror image, 2m factors.

@@ -6,7 +6,9 @@ from dctlib import judges
 from dctlib.judges import (
     complies,
     cut,
+    excerpt,
     fluency,
+    graded,
     is_harmful,
     is_refusal,
     load_judge,
@@ -43,6 +45,15 @@ def test_rate_and_cut():
     assert rate([True, False, True, True]) == 0.75
     assert cut("a\nb  c", 60) == "a b c"
     assert cut("abcdef", 3) == "abc …"
+
+
+def test_an_excerpt_is_cut_and_spread():
+    table = excerpt({"request": list("abcdef"), "answer": ["long answer"] * 6}, characters=4, rows=2, every=3)
+    assert table.to_dict("list") == {"request": ["a", "d"], "answer": ["long …", "long …"]}
+
+
+def test_answers_are_graded_by_their_rows():
+    assert graded(["\\boxed{3}", "\\boxed{4}"], [{"answer": "3"}, {"answer": "5"}]) == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +115,6 @@ def test_the_classifier_reads_request_and_completion_and_says_yes(monkeypatch):
 def test_a_profile_names_its_judge(tmp_path, tokenizer):
     tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    which = {"model": str(tmp_path), "revision": None, "dtype": "float32"}
+    which = str(tmp_path)
     assert load_judge(None, which, 1e9, -1e9)(REQUESTS, ["w1", "w2", "w3", ""]) == [True, True, True, False]
     assert load_judge(which, which, 1e9, -1e9)(REQUESTS[:2], ["w1", "w2"]) == [False, False]

@@ -1,9 +1,10 @@
 import pytest
 import torch
+import transformers
 from conftest import BLOCKS, FAMILIES, tiny_model, tiny_tokenizer
 from torch import nn
 
-from dctlib import load_model
+from dctlib import load_model, models
 from dctlib.models import blocks_of, check_layer, final_norm_of, logits_of, replaying
 
 
@@ -81,3 +82,19 @@ def test_the_pinned_model_is_loaded_by_name_and_knows_english():
     tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(model(tokens).logits[0, -1].argmax().item()) == "ĠParis"
     assert len(blocks_of(model)) == 30
+
+
+def test_a_hub_id_may_carry_its_revision_and_the_tokenizer_lie_elsewhere(tmp_path, monkeypatch):
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "words")  # not beside the model
+    asked = []
+    load = transformers.AutoTokenizer.from_pretrained
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        return load(tmp_path / "words")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", from_pretrained)
+    load_model(tmp_path / "model", tokenizer="owner/words@0123abc")
+    load_model(tmp_path / "model")
+    assert asked == [("owner/words", {"revision": "0123abc"}), (str(tmp_path / "model"), {})]

@@ -23,7 +23,9 @@ PAPER_MODELS = {
     "mistralai/Mistral-7B-Instruct-v0.2": ("Mistral", "sentencepiece", True),
     "cais/HarmBench-Mistral-7b-val-cls": ("Mistral", "sentencepiece", False),
     "redwoodresearch/math_pwd_lock_deepseek_math7b_on_weak_pythia1b": ("Llama", "bytes", False),
+    "deepseek-ai/deepseek-math-7b-instruct": ("Llama", "bytes", False),
 }
+NAMING_A_MODEL = ("model", "deeper", "clean", "judge", "tokenizer_from")
 SHRUNK = {
     "widths": [2, 4],
     "num_factors": 4,
@@ -40,7 +42,7 @@ SHRUNK = {
     "projected_iterations": [1, 2],
     "random_iterations": [1, 2],
     "multipliers": [1.0, 4.0],
-    "finalists": 1,
+    "judged": 1,
     "random_vectors": 2,
 }
 STAGES = [
@@ -103,8 +105,8 @@ def swapped(value, folder: Path, key: str = ""):
     """paper.yaml with counts shrunk and every model's name replaced by its stand-in's folder."""
     if isinstance(value, dict):
         return {k: swapped(v, folder, k) for k, v in value.items()}
-    if key == "model" and "/" in str(value):
-        return str(folder / value.rsplit("/", 1)[1])
+    if key in NAMING_A_MODEL and "/" in str(value):
+        return str(folder / value.partition("@")[0].rsplit("/", 1)[1])
     return SHRUNK.get(key, value)
 
 
@@ -127,9 +129,8 @@ def root(tmp_path_factory):
 
 def test_every_model_of_the_paper_has_a_stand_in_and_nothing_is_trained():
     paper = yaml.safe_load((ROOT / "params" / "paper.yaml").read_text())
-    sections = [section for section in paper.values() if isinstance(section, dict)]
-    nested = [value for section in sections for value in section.values() if isinstance(value, dict)]
-    named = {s["model"] for s in [*sections, *nested] if "model" in s} - {"smollm2-135m-instruct"}
+    named = {str(section.get(key)) for section in paper.values() for key in NAMING_A_MODEL if section.get(key)}
+    named = {name.partition("@")[0] for name in named} - {"smollm2-135m-instruct"}
     assert named == set(PAPER_MODELS)
     assert paper["organisms"]["kinds"] == []
     assert paper["rerouted"]["base"] is paper["locked"]["base"] is None

@@ -87,7 +87,7 @@ def test_score_texts_equals_one_at_a_time_also_while_ablated(family, tokenizer, 
 def test_batches_agree(llama, tokenizer, texts, monkeypatch):
     vectors = unit_rows(7, D)
     whole = score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False)
-    monkeypatch.setattr("dctlib.rank._BATCH", 2)
+    monkeypatch.setattr("dctlib.rank._TOKENS", 20)
     torch.testing.assert_close(score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False), whole)
 
 

@@ -76,6 +76,12 @@ def test_negations_leave_the_function_as_it_was(activation):
     torch.testing.assert_close(both(theta), dct(theta))
 
 
+def test_steering_vectors_have_the_length_asked_for_and_both_signs_where_they_are_open():
+    assert torch.equal(transcoder().steering_vectors(), transcoder().input_scale * transcoder().V)
+    both = transcoder(activation="quadratic").steering_vectors(3.0)
+    assert torch.equal(both, 3 * torch.cat([transcoder().V, -transcoder().V]))
+
+
 def test_exponential_factors_have_a_sign():
     with pytest.raises(ValueError, match="have a sign"):
         transcoder().with_negations()
