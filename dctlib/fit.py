@@ -18,7 +18,17 @@ from dctlib.transcoder import Transcoder
 from dctlib.weights import exponential_weights, quadratic_weights
 
 # The files behind the numbers of a fit; editing one makes remembered fits stale.
-_SOURCES = "models prompts prompt_tree differentiable_map causal_map orthogonalise weights fit transcoder".split()
+_SOURCES = [
+    "models",
+    "prompts",
+    "prompt_tree",
+    "differentiable_map",
+    "causal_map",
+    "orthogonalise",
+    "weights",
+    "fit",
+    "transcoder",
+]
 
 Orthogonalise = Literal["qr", "soft"]
 
