@@ -1,0 +1,91 @@
+"""Where in depth to fit, when nobody says: a narrow fit to each slice, judged by how much it makes a model say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.calibrate import calibrate
+from dctlib.causal_map import CausalMap
+from dctlib.effects import effects
+from dctlib.fit import fit_exponential
+from dctlib.generate import complete
+from dctlib.judges import fluency
+from dctlib.models import blocks_of
+from dctlib.prompts import format_chat
+
+_SHARES = (1 / 6, 1 / 3, 1 / 2)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice s → t, and the fraction of its vectors' completions that are fluent and new.
+
+    Attributes
+    ----------
+    source, target : int
+    input_scale : float
+        R.
+    found : float
+        Of the completions of held-out instructions under the vectors that change the next token most: the fraction
+        that differ from the clean model's and that it finds fluent.
+    """
+
+    source: int
+    target: int
+    input_scale: float
+    found: float
+
+
+def scan_slices(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    held_out: Sequence[str],
+    *,
+    nonlinearity: float = 0.5,
+    num_factors: int = 16,
+    iterations: int = 3,
+    judged: int = 8,
+    answer_tokens: int = 16,
+    most_perplexity: float = 20.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Slice]:
+    """Fit `num_factors` factors to three slices, each a third of the model deep, from a sixth, a third and half of it.
+
+    Parameters
+    ----------
+    instructions, held_out : sequence of str
+        What is fitted, and what the vectors are judged on: user turns, in no chat format.
+    judged : int
+        Vectors of each slice whose completions are read, those with the largest effect on the next token.
+    most_perplexity : float
+        Under the clean model, of a fluent completion.
+
+    Returns
+    -------
+    list of Slice
+        The most promising one first.
+    """
+    depth = len(blocks_of(model))
+    texts, asked = format_chat(tokenizer, instructions), format_chat(tokenizer, held_out)
+    clean = complete(model, tokenizer, asked, max_new_tokens=answer_tokens, progress=False)
+    found = []
+    for s in sorted({int(share * depth) for share in _SHARES}):
+        cmap = CausalMap.from_model(model, tokenizer, texts, source=s, target=min(depth, s + max(1, depth // 3)))
+        R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
+        dct = fit_exponential(
+            cmap, num_factors=num_factors, input_scale=R, iterations=iterations, seed=seed, progress=progress
+        )
+        vectors = dct.steering_vectors()
+        order = effects(model, tokenizer, asked, vectors, layer=s, progress=progress).divergence.mean(1).argsort()
+        new = 0
+        for vector in vectors[order[-judged:]]:
+            said = complete(
+                model, tokenizer, asked, layer=s, vector=vector, max_new_tokens=answer_tokens, progress=False
+            )
+            fluent = (fluency(model, tokenizer, held_out, said) <= most_perplexity).tolist()
+            new += sum(ok and a != b for ok, a, b in zip(fluent, said, clean, strict=True))
+        found.append(Slice(s, cmap.target or depth, R, new / (min(judged, num_factors) * len(asked))))
+    return sorted(found, key=lambda each: -each.found)
