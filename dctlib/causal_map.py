@@ -141,6 +141,7 @@ class CausalMap(DifferentiableMap):
         target: int,
         positions: int,
         chunk_size: int | None,
+        memory: float | None,
     ):
         self.source, self.target, self.positions = source, target, positions
         self.d_source = self.d_target = width_of(model)
@@ -148,7 +149,7 @@ class CausalMap(DifferentiableMap):
         self.device = captures[0].hidden.device
         self.dtype = torch.float64 if captures[0].hidden.dtype == torch.float64 else torch.float32
         self.scale = torch.cat([c.hidden[0] for c in captures]).to(self.dtype).norm(dim=1).median().item()
-        self.chunk_size = chunk_size or _chunk_size(self, captures)
+        self.chunk_size = chunk_size or _chunk_size(self, captures, memory)
         self._model, self._captures = model, captures
         self._blocks = list(blocks_of(model)[source:target])
         with torch.no_grad(), self._running():
@@ -168,6 +169,7 @@ class CausalMap(DifferentiableMap):
         target: int,
         positions: int = 3,
         chunk_size: int | None = None,
+        memory: float | None = None,
     ) -> "CausalMap":
         """Capture `texts` and return their causal map from layer `source` to layer `target`.
 
@@ -181,7 +183,11 @@ class CausalMap(DifferentiableMap):
         positions : int
             The change is averaged over the last `positions` tokens of every prompt.
         chunk_size : int, optional
-            Factors that are replayed at once; chosen from the memory at hand if left out.
+            Factors that are replayed at once; chosen by `memory` if left out. It changes cost, not results.
+        memory : float, optional
+            GiB that a chunk's forward and backward pass may take, besides the model; left out, a quarter of what is
+            free on a GPU, and 320 MiB on a CPU, whose caches like small chunks. A GPU that runs out all the same
+            goes on with half the chunk.
 
         Raises
         ------
@@ -195,15 +201,19 @@ class CausalMap(DifferentiableMap):
             raise ValueError(f"got source={source}, target={target!r}, expected source < target <= {count}")
         if isinstance(texts, str) or not texts:
             raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
-        if positions < 1 or (chunk_size is not None and chunk_size < 1):
-            raise ValueError(f"got positions={positions}, chunk_size={chunk_size}, expected both at least 1")
+        if positions < 1 or (chunk_size is not None and chunk_size < 1) or (memory is not None and memory <= 0):
+            raise ValueError(
+                f"got positions={positions}, chunk_size={chunk_size}, memory={memory}, expected at least 1, at "
+                f"least 1 and above 0"
+            )
         tokens = [tokenize(tokenizer, text).to(model.device) for text in texts]
         for text, row in zip(texts, tokens, strict=True):
             if row.shape[1] < positions:
                 raise ValueError(f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}")
         with replaying(model):
             captures = [capture(model, tree, source=source, target=target) for tree in plant(model, tokens)]
-        return cls(model, captures, source=source, target=target, positions=positions, chunk_size=chunk_size)
+        options = {"positions": positions, "chunk_size": chunk_size, "memory": memory}
+        return cls(model, captures, source=source, target=target, **options)
 
     @cached_property
     def digest(self) -> str:
@@ -235,10 +245,15 @@ class CausalMap(DifferentiableMap):
             yield
 
 
-def _chunk_size(cmap: CausalMap, captures: Sequence[Capture]) -> int:
-    """Rows whose forward and backward pass fit a quarter of the free memory, at most 320 MiB on a CPU's caches."""
+def _chunk_size(cmap: CausalMap, captures: Sequence[Capture], memory: float | None) -> int:
+    """Rows whose forward and backward pass take at most `memory` GiB, or what a device has for them."""
     tokens = max(captured.hidden.shape[1] for captured in captures)
     blocks = len(captures[0].calls)
     a_row = tokens * blocks * _KEPT_PER_TOKEN * cmap.d_source * captures[0].hidden.element_size()
-    budget = torch.cuda.mem_get_info(cmap.device)[0] // 4 if cmap.device.type == "cuda" else _CPU_CHUNK_BYTES
-    return max(1, budget // a_row)
+    if memory is not None:
+        budget = memory * 2**30
+    elif cmap.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(cmap.device)[0] / 4
+    else:
+        budget = _CPU_CHUNK_BYTES
+    return max(1, int(budget / a_row))

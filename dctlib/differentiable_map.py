@@ -1,6 +1,7 @@
 """Differentiable maps known by their products with vectors: value, jvp, vjp, second derivatives."""
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -120,9 +121,29 @@ class DifferentiableMap(ABC):
             counts.add(len(value))
         if len(counts) > 1:
             raise ValueError(f"got arguments of {sorted(counts)} rows, expected one row of each for every factor")
+        done: list[Tensor] = []
+        first = 0
         with self._running():
-            chunks = zip(*(value.split(self.chunk_size) for value in ready), strict=True)
-            return torch.cat([function(*chunk) for chunk in chunks]).detach()
+            while first < len(ready[0]):
+                try:
+                    part = function(*(value[first : first + self.chunk_size] for value in ready)).detach()
+                except torch.OutOfMemoryError:
+                    part = None  # and no longer a traceback, which would keep what did not fit
+                if part is None:
+                    self._halve_chunk()
+                else:
+                    done.append(part)
+                    first += len(part)
+        return torch.cat(done)
+
+    def _halve_chunk(self) -> None:
+        """After an out-of-memory error, go on with smaller chunks, or say what to change."""
+        if self.chunk_size == 1:
+            raise ValueError("not even one factor fits the device's memory: take fewer or shorter prompts, or bfloat16")
+        self.chunk_size //= 2
+        warnings.warn(f"out of memory: going on with chunks of {self.chunk_size} factors", stacklevel=5)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -76,3 +77,8 @@ def best_of_each(found: Sequence[Finalist]) -> dict[str, Finalist]:
         if (finalist.success, finalist.score) > (held.success, held.score):
             best[finalist.method] = finalist
     return best
+
+
+def scan(found: Sequence[Finalist]) -> pd.DataFrame:
+    """All finalists, one row each: ``method``, ``source``, ``multiplier``, ``score`` and ``success``."""
+    return pd.DataFrame(found).drop(columns="vector").rename(columns={"layer": "source"})

@@ -4,7 +4,7 @@ from conftest import BLOCKS, assert_near, full_model_map, tiny_model, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctlib import CausalMap
+from dctlib import CausalMap, fit_exponential
 
 SLICES = [(0, 2), (1, 3), (2, BLOCKS)]  # first block, middle, through the last block before the final norm
 D = 32
@@ -100,6 +100,15 @@ def test_value_and_vjp_is_both(llama, tokenizer, texts):
     torch.testing.assert_close(gradient, cmap.vjp(theta, u))
 
 
+def test_a_memory_budget_bounds_the_chunk_and_changes_no_factor(llama, tokenizer, texts):
+    roomy, tight = (
+        CausalMap.from_model(llama, tokenizer, texts, source=1, target=3, memory=gib) for gib in (1.0, 1e-9)
+    )
+    assert roomy.chunk_size > tight.chunk_size == 1
+    fits = [fit_exponential(m, num_factors=5, input_scale=5.0, iterations=3, progress=False) for m in (roomy, tight)]
+    torch.testing.assert_close(fits[0].V, fits[1].V)
+
+
 def test_zero_gives_zero_and_results_carry_no_graph(llama, tokenizer, texts):
     cmap = CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)
     assert cmap(torch.zeros(2, D)).abs().max() < 1e-12
@@ -133,6 +142,7 @@ def test_hooks_are_gone_after_an_exception(llama, tokenizer, texts, monkeypatch)
         ({"source": 0, "target": 2, "positions": 0}, "positions=0"),
         ({"source": 0, "target": 2, "positions": 5}, "fewer than positions=5"),
         ({"source": 0, "target": 2, "chunk_size": 0}, "chunk_size=0"),
+        ({"source": 0, "target": 2, "memory": 0.0}, "memory=0.0"),
     ],
 )
 def test_bad_options_are_named(llama, tokenizer, texts, options, message):

@@ -60,3 +60,31 @@ def test_layer_norm_has_right_second_derivatives():
     v = unit_rows(1, D, seed=4)
     hessian = dense_hessian(lambda t: norm(t + shift), D, torch.zeros(D, dtype=v.dtype))
     torch.testing.assert_close(fmap.second_derivative(v, v)[0], torch.einsum("ijk,j,k->i", hessian, v[0], v[0]))
+
+
+def test_a_device_that_runs_out_of_memory_gets_smaller_chunks():
+    sizes = []
+
+    def cramped(theta):
+        sizes.append(len(theta))
+        if len(theta) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return function(theta)
+
+    fmap = FunctionMap(cramped, d_source=D, d_target=E, dtype=torch.float64, chunk_size=8)
+    theta = unit_rows(9, D)
+    with pytest.warns(UserWarning, match="going on with chunks of 2"):
+        found = fmap(theta)
+    torch.testing.assert_close(found, function(theta) - function(torch.zeros(1, D, dtype=torch.float64)))
+    assert max(sizes[sizes.index(2) :]) == 2 == fmap.chunk_size
+
+
+def test_a_device_without_room_for_one_factor_says_what_to_change():
+    def full(theta):
+        if theta.abs().sum() > 0:
+            raise torch.OutOfMemoryError("no room")
+        return function(theta)
+
+    fmap = FunctionMap(full, d_source=D, d_target=E, dtype=torch.float64, chunk_size=1)
+    with pytest.raises(ValueError, match="fewer or shorter prompts"):
+        fmap(unit_rows(2, D))

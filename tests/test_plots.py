@@ -37,7 +37,9 @@ DEPTH = pd.DataFrame(
     for h in (5, 10)
 )
 SCAN = pd.DataFrame(
-    {"source": s, "multiplier": k, "success": 0.5, "score": s - 7.0} for s in (5, 10) for k in (1.0, 2.0)
+    {"method": "DCT", "source": s, "multiplier": k, "success": 0.5, "score": s - 7.0}
+    for s in (5, 10)
+    for k in (1.0, 2.0)
 )
 FIGURES = {
     "training_curves": lambda: training_curves(

@@ -3,7 +3,7 @@ from conftest import unit_rows
 
 from dctlib import format_chat, score_vectors
 from dctlib.generate import complete
-from dctlib.search import best_of_each, finalists
+from dctlib.search import best_of_each, finalists, scan
 
 REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
 
@@ -42,3 +42,11 @@ def test_the_best_answers_most_and_then_scores_highest(llama, tokenizer):
     assert list(best) == ["one", "two"]
     for method, finalist in best.items():
         assert finalist.score == max(f.score for f in found if f.method == method)
+
+
+def test_a_scan_has_a_row_for_each_finalist(llama, tokenizer):
+    _, found = find(llama, tokenizer, lambda requests, completions: [True] * len(completions))
+    table = scan(found)
+    assert list(table) == ["method", "source", "multiplier", "score", "success"]
+    assert len(table) == len(found)
+    assert set(table["source"]) == {1}

@@ -16,17 +16,19 @@ def circuit_breaker(scan: pd.DataFrame, test: Mapping[str, Sequence[bool]]) -> F
     Parameters
     ----------
     scan : DataFrame
-        Columns ``source``, ``multiplier``, ``success`` (a fraction of 1) and ``score`` of DCT vectors, several a cell.
+        Columns ``method``, ``source``, ``multiplier``, ``success`` (a fraction of 1) and ``score``; those of DCT
+        vectors are drawn, several a cell.
     test : mapping
         Method → whether each test request was answered; the first is drawn as clean.
     """
     with style():
+        of_dct = scan[scan["method"] == "DCT"]
         figure, axes = panels(3, height=2.7, ratios=(1, 1, 1.1))
         for panel, column, title, look in (
             (axes[0], "score", "score", {"center": 0, "cmap": "vlag", "fmt": "+.0f"}),
             (axes[1], "success", "attack success", {"vmin": 0, "vmax": 1, "cmap": "rocket_r", "fmt": ".0%"}),
         ):
-            table = scan.pivot_table(index="multiplier", columns="source", values=column, aggfunc="max")
+            table = of_dct.pivot_table(index="multiplier", columns="source", values=column, aggfunc="max")
             sns.heatmap(table, annot=True, cbar=False, square=False, ax=panel, annot_kws={"fontsize": 8}, **look)
             panel.set(title=f"{title}, validation", xlabel="source layer s", ylabel="multiplier of R")
         for place, (label, verdicts) in enumerate(test.items()):
