@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,9 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.causal_map import capture, replay
-from dctlib.generate import next_tokens, padded_batches
 from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
-from dctlib.prompt_tree import plant
+from dctlib.prompt_tree import PromptTree, plant
 from dctlib.prompts import tokenize
 
 _TOKENS = 2560  # of a batch of vectors
@@ -175,17 +175,22 @@ def score_texts(
     *,
     positive: str = "Sure",
     negative: str = "Sorry",
-    batch_size: int = 25,
 ) -> Float[Tensor, " n"]:
-    """logit(positive) − logit(negative) after each text, with the model as it is: clean, or inside steer or ablate.
-
-    Texts are padded on the left and masked, so a score does not depend on its neighbours.
-    """
+    """logit(positive) − logit(negative) after each text, with the model as it is: clean, or inside steer or ablate."""
     words, scores = _words(tokenizer, positive, negative).to(model.device), []
-    for inputs in padded_batches(model, tokenizer, texts, batch_size):
-        logits = next_tokens(model, tokenizer, inputs, 1, output_logits=True).logits[0][:, words].float()
-        scores.append((logits[:, 0] - logits[:, 1]).cpu())
-    return torch.cat(scores)
+    run: Any = model
+    with torch.no_grad(), replaying(model):
+        for tree in _trees(model, tokenizer, texts):
+            last = torch.stack([path[-1] for path in tree.paths]).to(model.device)
+            logits = run(**tree.arguments(model), use_cache=False, logits_to_keep=last).logits[0][:, words].float()
+            scores.append(logits[:, 0] - logits[:, 1])
+    return torch.cat(scores).cpu()
+
+
+def _trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[PromptTree]:
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
+    return plant(model, [tokenize(tokenizer, text) for text in texts])
 
 
 def _each(
@@ -199,16 +204,14 @@ def _each(
 ) -> Tensor:
     """`read` of the last block's output at the last token, for every vector and text: (m, n, …)."""
     check_layer(model, layer)
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
     if vectors.ndim != 2 or vectors.shape[1] != width_of(model) or not len(vectors):
         raise ValueError(f"got vectors of shape {tuple(vectors.shape)}, expected (m, {width_of(model)})")
     vectors = vectors.to(model.device)
     blocks = list(blocks_of(model))[layer:]
-    columns = []
+    trees, columns = _trees(model, tokenizer, texts), []
     bar = tqdm(total=len(texts), desc=f"scoring {len(vectors)} vectors", disable=not progress)
     with torch.no_grad(), replaying(model), bar:
-        for tree in plant(model, [tokenize(tokenizer, text) for text in texts]):
+        for tree in trees:
             prefix = capture(model, tree, source=layer, target=layer + len(blocks))
             batches = vectors.split(max(1, _TOKENS // tree.tokens.shape[1]))
             columns.append(torch.cat([read(replay(blocks, prefix, part)[:, prefix.last()]) for part in batches]))

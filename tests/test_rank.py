@@ -72,11 +72,12 @@ def test_nothing_is_ranked_on_what_is_reported(llama, tokenizer, texts):
         choose_and_test(llama, tokenizer, {"DCT": unit_rows(2, D)}, validation=texts, test=texts[:1], layer=1)
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_score_texts_equals_one_at_a_time_also_while_ablated(family, tokenizer, texts):
+    texts = [*texts, f"{texts[-1]} w20", f"{texts[-1]} w21 w22"]  # the last three share their beginning
     model, direction = tiny_model(family), unit_rows(1, D)[0]
     clean = by_steering(model, tokenizer, texts, torch.zeros(1, D, dtype=torch.float64), 0)[0]
-    torch.testing.assert_close(score_texts(model, tokenizer, texts, batch_size=2), clean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score_texts(model, tokenizer, texts), clean, rtol=1e-4, atol=1e-5)
     with ablate(model, direction):
         found = score_texts(model, tokenizer, texts)
         expected = by_steering(model, tokenizer, texts, torch.zeros(1, D, dtype=torch.float64), 0)[0]
