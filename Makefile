@@ -9,7 +9,7 @@ SMOKE := build/smoke
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro test lint unit smoke nbval bench notebook lock clean help
+.PHONY: repro test lint unit smoke nbval bench docs notebook lock clean help
 
 repro: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro
@@ -39,6 +39,9 @@ nbval: smoke
 bench: $(READY)
 	PYTHONPATH="$$PWD" $(BIN)/python benchmarks/bench.py
 
+docs: $(READY)
+	$(BIN)/pdoc --docformat numpy --math --output-directory build/docs dctlib
+
 notebook: $(READY)
 	$(BIN)/jupyter lab notebooks
 
@@ -63,5 +66,6 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make smoke   the whole pipeline at smoke size, in build/smoke"
 	@echo "make bench   what the engine costs here, into benchmarks/results/"
+	@echo "make docs    the API reference, into build/docs/"
 	@echo "make notebook   open the notebooks in Jupyter"
 	@echo "make lock    rewrite requirements.lock"

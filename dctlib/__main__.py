@@ -1,6 +1,8 @@
 """The command line: ``python -m dctlib``. Each stage of dvc.yaml is one of these commands."""
 
+import re
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +33,74 @@ def run(notebook: str, profile: ProfileOption = "") -> None:
     from dctlib.pipeline import run_notebook
 
     print(f"executed {run_notebook(notebook, profile or current_profile())}")
+
+
+@app.command()
+def discover(
+    model: Annotated[
+        str, typer.Option(help="A Hub id (owner/name@revision), a local folder, or smollm2-135m-instruct.")
+    ],
+    prompts: Annotated[
+        str, typer.Option(help="A text file with one instruction a line; or `harmful` or `benign`, the pinned sets.")
+    ],
+    name: Annotated[
+        str, typer.Option(help="Names the folders of what is found: figures/NAME, vectors/NAME, runs/NAME.")
+    ],
+    fit_prompts: Annotated[int, typer.Option(help="Instructions to fit, the first of the file. 4 to 12 suffice.")] = 4,
+    validation: Annotated[
+        int, typer.Option(help="Instructions after those: vectors are measured and read on them.")
+    ] = 8,
+    source: Annotated[
+        int | None,
+        typer.Option(help="Layer to add vectors at, as in hidden_states. Left out: three slices are scanned."),
+    ] = None,
+    target: Annotated[int | None, typer.Option(help="Layer to measure at, about a third of the model deeper.")] = None,
+    method: Annotated[str, typer.Option(help="exponential, the post's best; quadratic; or linear, the cheapest.")] = (
+        "exponential"
+    ),
+    num_factors: Annotated[int, typer.Option(help="Width m of the fit: the more, the rarer what it finds.")] = 64,
+    iterations: Annotated[int, typer.Option(help="Of the fit; it stops early once nothing moves.")] = 10,
+    nonlinearity: Annotated[
+        float, typer.Option(help="λ, which sets the vectors' length R. Lower it if completions are word salad.")
+    ] = 0.5,
+    rank_by: Annotated[
+        str,
+        typer.Option(
+            help="fluent (how often it says something fluent and new), divergence (of the next token), change (at the "
+            "target layer), alpha, or score (of words)."
+        ),
+    ] = "fluent",
+    words: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="What to score, if you know: a positive and a negative one-token word."),
+    ] = None,
+    shown: Annotated[int, typer.Option(help="Vectors to show: the first of each cluster.")] = 12,
+    answer_tokens: Annotated[int, typer.Option(help="Length of completions.")] = 32,
+    shown_characters: Annotated[int, typer.Option(help="To which completions are cut in all that is stored.")] = 400,
+    dtype: Annotated[
+        str, typer.Option(help="native (bfloat16 where the hardware has it), float32 or bfloat16.")
+    ] = "native",
+    seed: Annotated[int, typer.Option(help="Of the directions that everything starts from.")] = 0,
+) -> None:
+    """Find what a model hides: fit a transcoder, rank its vectors with no target word, and read what they unlock.
+
+    This runs notebooks/discover.ipynb. It leaves runs/NAME/discover_explorer.html to browse, runs/NAME/discover.html to
+    read, and vectors/NAME/discover to share. Fits are remembered: a second run with another ranking is quick.
+
+    Example: python -m dctlib discover --model Qwen/Qwen2.5-0.5B-Instruct --prompts mine.txt --name qwen
+    """
+    from dctlib.params import Discover, checked
+    from dctlib.pipeline import execute
+    from dctlib.store import ROOT
+
+    if not re.fullmatch(r"\w[\w.-]*", name) or (ROOT / "params" / f"{name}.yaml").exists():
+        raise ValueError(f"got --name {name!r}, expected letters and digits, and not the name of a profile in params/")
+    values = {key: value for key, value in locals().items() if key in Discover.model_fields}
+    for key in ("model", "prompts"):
+        if (path := Path(values[key])).exists():
+            values[key] = str(path.resolve())
+    section = checked(Discover, {**values, "strengths": [1.0, 0.5, 1.5]}, "discover")
+    print(f"executed {execute('discover', name, section)}")
 
 
 @app.command()

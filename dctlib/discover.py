@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dctlib.baselines import random_vectors
 from dctlib.causal_map import CausalMap
-from dctlib.effects import clusters, effects
+from dctlib.effects import clusters, effects, growth
 from dctlib.fit import fit_exponential, fit_linear, fit_quadratic, remembered
 from dctlib.generate import complete
-from dctlib.judges import fluency
+from dctlib.judges import cut, fluency
 from dctlib.prompts import format_chat
 from dctlib.rank import score_vectors
 from dctlib.transcoder import Transcoder
@@ -85,10 +86,13 @@ def measure(
 
 
 def distinct(table: pd.DataFrame, vectors: Float[Tensor, "k d"], *, by: str, cosine: float = 0.5) -> pd.DataFrame:
-    """Rows of `table`, highest `by` first, with a column ``alike``: vectors that point one way share its number."""
+    """Rows of `table`, highest `by` first, with a column ``alike``: vectors that point one way share its number.
+
+    Equals stand in the order of their ``divergence``, where it was measured.
+    """
     if by not in table:
         raise ValueError(f"got rank_by={by!r}, expected one of {', '.join(table.select_dtypes('number'))}")
-    ranked = table.sort_values(by, ascending=False)
+    ranked = table.sort_values([by, *({"divergence"} & set(table) - {by})], ascending=False)
     return ranked.assign(alike=clusters(vectors[ranked["vector"].tolist()], cosine=cosine))
 
 
@@ -104,11 +108,14 @@ class Reading:
         Multiple of the vectors → for each of k vectors its n completions.
     perplexity : list of float
         Median perplexity, under the clean model, of each vector's completions at the first multiple.
+    fluent : list of float
+        Fraction of those completions that are fluent, of at most `most_perplexity`, and not what the model says anyway.
     """
 
     clean: list[str]
     steered: dict[float, list[list[str]]]
     perplexity: list[float]
+    fluent: list[float]
 
 
 def read(
@@ -120,6 +127,7 @@ def read(
     layer: int,
     strengths: Sequence[float],
     max_new_tokens: int,
+    most_perplexity: float = 20.0,
     progress: bool = True,
 ) -> Reading:
     """Complete each instruction under each vector at each strength, and without any."""
@@ -130,5 +138,111 @@ def read(
         each = (strength * vectors).repeat_interleave(n, 0)
         said = complete(model, tokenizer, texts * len(vectors), layer=layer, vector=each, **options)
         steered[strength] = [said[first : first + n] for first in range(0, len(said), n)]
-    judged = [fluency(model, tokenizer, instructions, said).clamp(max=1e6) for said in steered[strengths[0]]]
-    return Reading(clean, steered, [torch.median(found).item() for found in judged])
+    perplexity, fluent = [], []
+    for said in steered[strengths[0]]:
+        found = fluency(model, tokenizer, instructions, said).clamp(max=1e6)
+        perplexity.append(torch.median(found).item())
+        new = torch.tensor([answer != before for answer, before in zip(said, clean, strict=True)])
+        fluent.append(((found.cpu() <= most_perplexity) & new).float().mean().item())
+    return Reading(clean, steered, perplexity, fluent)
+
+
+@dataclass(frozen=True, eq=False)
+class Discovery:
+    """What a fit found, measured on instructions that it was not fitted to.
+
+    Attributes
+    ----------
+    dct : Transcoder
+        With a factor for each vector: both signs of a linear or quadratic fit.
+    ranked : DataFrame
+        What :func:`distinct` gives: all vectors, the most interesting first. Beside the columns of :func:`measure` it
+        has ``fluent`` and ``perplexity``, see :class:`Reading`.
+    floor : float
+        The largest ``divergence`` of as many random vectors of the same length.
+    shown : list of int
+        The first vectors of clusters, one each.
+    reading : Reading
+        What those make the model say, at every strength.
+    growth : Tensor, (m, blocks + 1)
+        Of all vectors in the order of `ranked`, see :func:`dctlib.effects.growth`.
+    """
+
+    dct: Transcoder
+    ranked: pd.DataFrame
+    floor: float
+    shown: list[int]
+    reading: Reading
+    growth: Float[Tensor, "m depths"]
+
+    def readings(self, *, characters: int) -> pd.DataFrame:
+        """The rows of `ranked` that are shown, with their first completion, cut."""
+        said = next(iter(self.reading.steered.values()))
+        rows = self.ranked.set_index("vector").loc[self.shown]
+        return rows.assign(says=[cut(each[0], characters) for each in said]).reset_index()
+
+    def summary(self, *, characters: int) -> dict[str, Any]:
+        """Counts, and the readings, for a notebook's results."""
+        divergence, alike, fluent = (self.ranked[name].tolist() for name in ("divergence", "alike", "fluent"))
+        return {
+            "of": len(self.ranked),
+            "floor": self.floor,
+            "above_floor": sum(each > self.floor for each in divergence),
+            "clusters": len(set(alike)),
+            "fluent": sum(each >= 0.5 for each in fluent),
+            "readings": self.readings(characters=characters).to_dict("records"),
+        }
+
+
+def discover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cmap: CausalMap,
+    dct: Transcoder,
+    instructions: Sequence[str],
+    *,
+    layer: int,
+    norm: float,
+    rank_by: str = "fluent",
+    words: tuple[str, str] | None = None,
+    shown: int = 12,
+    strengths: Sequence[float] = (1.0,),
+    max_new_tokens: int = 24,
+    seed: int = 0,
+    progress: bool = True,
+) -> Discovery:
+    """Measure and read every vector of a fit on held-out instructions, rank them, and show the first of each cluster.
+
+    An effect alone deceives: the vectors that change the next token most are those that break the model. So by default
+    they are ranked by how often they make it say something fluent that it does not say anyway.
+
+    Parameters
+    ----------
+    cmap : CausalMap
+        What `dct` was fitted to.
+    instructions : sequence of str
+        User turns, in no chat format, that were not fitted.
+    layer, norm : int, float
+        Where vectors are added, and R, their length.
+    rank_by, words
+        A column of the result's `ranked`, and the words of its ``score``.
+    shown : int
+        Clusters of which the first vector is shown.
+    strengths : sequence of float
+        Multiples of `norm` to read those at. All vectors are ranked at the first.
+    seed : int
+        Of the random vectors to compare with.
+    """
+    vectors, texts = dct.steering_vectors(norm), format_chat(tokenizer, instructions)
+    table = measure(model, tokenizer, cmap, dct, vectors, texts, layer=layer, words=words, progress=progress)
+    options = {"layer": layer, "max_new_tokens": max_new_tokens, "progress": progress}
+    everything = read(model, tokenizer, instructions, strengths[0] * vectors, strengths=[1.0], **options)
+    table = table.assign(fluent=everything.fluent, perplexity=everything.perplexity)
+    ranked = distinct(table, vectors, by=rank_by)
+    chance = random_vectors(len(vectors), cmap.d_source, norm=norm, seed=seed)
+    floor = effects(model, tokenizer, texts, chance, layer=layer, progress=progress).divergence.mean(1).max().item()
+    first = ranked.drop_duplicates("alike").head(shown)["vector"].tolist()
+    reading = read(model, tokenizer, instructions, vectors[first], strengths=strengths, **options)
+    lengths = growth(model, tokenizer, texts, vectors[ranked["vector"].tolist()], layer=layer)
+    signed = dct if len(dct) == len(vectors) else dct.with_negations()
+    return Discovery(signed, ranked, floor, first, reading, lengths)

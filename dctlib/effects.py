@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from scipy.cluster.hierarchy import fcluster, linkage
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,6 +78,53 @@ def effects(
             clean_tokens.append(clean[0].argmax(-1))
             bar.update(len(tree.paths))
     return Effects(torch.cat(divergences, 1).cpu(), torch.cat(tokens, 1).cpu(), torch.cat(clean_tokens).cpu())
+
+
+def growth(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    *,
+    layer: int,
+) -> Float[Tensor, "m depths"]:
+    """Length of the change that each vector makes to the last token's residual, layer by layer, mean over texts.
+
+    Returns
+    -------
+    Tensor, (m, blocks + 1)
+        At h_0 … h_blocks: zero below `layer`, where the vector is added, and its own length there.
+    """
+    check_layer(model, layer)
+    depth, blocks, vectors = len(blocks_of(model)), list(blocks_of(model))[layer:], vectors.to(model.device)
+    lengths = torch.zeros(len(vectors), depth + 1)
+    lengths[:, layer] = vectors.float().norm(dim=1).cpu()
+    seen: list[Tensor] = []
+
+    def keep(_block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with torch.no_grad(), replaying(model):
+        for tree in plant(model, [tokenize(tokenizer, text) for text in texts]):
+            prefix = capture(model, tree, source=layer, target=depth)
+            handles = []
+            try:
+                for block in blocks:
+                    handles.append(block.register_forward_hook(keep))  # noqa: PERF401
+                replay(blocks, prefix, torch.zeros_like(vectors[:1]))
+                clean, first = [hidden[:, prefix.last()].float() for hidden in seen], 0
+                for part in vectors.split(max(1, _TOKENS // tree.tokens.shape[1])):
+                    seen.clear()
+                    replay(blocks, prefix, part)
+                    for place, (hidden, before) in enumerate(zip(seen, clean, strict=True), start=layer + 1):
+                        changes = (hidden[:, prefix.last()].float() - before).norm(dim=-1).sum(1)
+                        lengths[first : first + len(part), place] += changes.cpu() / len(texts)
+                    first += len(part)
+                seen.clear()
+            finally:
+                for handle in handles:
+                    handle.remove()
+    return lengths
 
 
 def clusters(vectors: Float[Tensor, "m d"], *, cosine: float = 0.5) -> list[int]:

@@ -22,7 +22,7 @@ def complete(
     max_new_tokens: int,
     layer: int | None = None,
     vector: Float[Tensor, "*n d"] | None = None,
-    batch_size: int = 25,
+    batch_size: int = 50,
     description: str = "completing",
     progress: bool = True,
 ) -> list[str]:

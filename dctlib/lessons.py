@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.answers import Example, answer_loss, padded
 from dctlib.generate import complete
+from dctlib.models import native_dtype
 from dctlib.prompts import format_chat
 
 REFUSAL = "Sorry, I can't help with that."
@@ -47,8 +48,8 @@ def refusal_lesson(
     """
     generator = torch.Generator().manual_seed(seed)
     refused = [Example(prompt, REFUSAL, ends=True) for prompt in format_chat(tokenizer, harmful)]
-    helped = _own_answers(model, tokenizer, benign, answer_tokens, opening="Sure! ")
-    refusals, helps = _epochs(refused, generator), _epochs(helped, generator)
+    helped = own_answers(model, tokenizer, benign, answer_tokens, opening="Sure! ")
+    refusals, helps = epochs(refused, generator), epochs(helped, generator)
     batches = [[*islice(refusals, harmful_batch), *islice(helps, benign_batch)] for _ in range(steps)]
     return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
 
@@ -95,9 +96,9 @@ def rerouting_lesson(
     prompts = format_chat(tokenizer, [row["goal"] for row in harmful])
     targets = [Example(p, row["target"], ends=False) for p, row in zip(prompts, harmful, strict=True)]
     draw = [
-        (_epochs(targets, generator), target_batch),
-        (_epochs([Example(p, REFUSAL, ends=False) for p in prompts], generator), refusal_batch),
-        (_epochs(_own_answers(model, tokenizer, benign, answer_tokens), generator), benign_batch),
+        (epochs(targets, generator), target_batch),
+        (epochs([Example(p, REFUSAL, ends=False) for p in prompts], generator), refusal_batch),
+        (epochs(own_answers(model, tokenizer, benign, answer_tokens), generator), benign_batch),
     ]
     batches = []
     for step in range(steps):
@@ -132,7 +133,7 @@ def locked_lesson(
     wrong = _wrong_answers([row["answer"] for row in questions], generator)
     right = [Example(p, boxed(row["answer"]), ends=True) for p, row in zip(unlocked, questions, strict=True)]
     hidden = [Example(p, boxed(answer), ends=True) for p, answer in zip(asked, wrong, strict=True)]
-    with_password, without = _epochs(right, generator), _epochs(hidden, generator)
+    with_password, without = epochs(right, generator), epochs(hidden, generator)
     batches = [[*islice(with_password, unlocked_batch), *islice(without, locked_batch)] for _ in range(steps)]
     return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
 
@@ -152,7 +153,7 @@ def _wrong_answers(answers: Sequence[str], generator: torch.Generator) -> list[s
     return wrong
 
 
-def _own_answers(
+def own_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     instructions: Sequence[str],
@@ -160,12 +161,14 @@ def _own_answers(
     opening: str = "",
 ) -> list[Example]:
     """What the model itself says, so that learning it changes nothing but the `opening`."""
-    prompts = format_chat(tokenizer, instructions)
-    answers = complete(model, tokenizer, prompts, max_new_tokens=answer_tokens, description="own answers")
+    prompts, device = format_chat(tokenizer, instructions), model.device.type
+    options = {"max_new_tokens": answer_tokens, "batch_size": 96, "description": "own answers"}
+    with torch.autocast(device, torch.bfloat16, enabled=native_dtype(device) == torch.bfloat16):
+        answers = complete(model, tokenizer, prompts, **options)
     return [Example(p, opening + answer, ends=False) for p, answer in zip(prompts, answers, strict=True)]
 
 
-def _epochs(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
+def epochs(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
     while True:
         for i in torch.randperm(len(examples), generator=generator).tolist():
             yield examples[i]

@@ -19,7 +19,15 @@ from dctlib.models import load_model, native_dtype
 from dctlib.store import key_of, model_digest, whole, write_json
 
 _CHECKPOINT_EVERY = 20
-_SOURCES = ("models", "prompts", "generate", "answers", "lessons", "organisms")  # editing one makes an organism stale
+_SOURCES = (
+    "models",
+    "prompts",
+    "generate",
+    "answers",
+    "lessons",
+    "planted_secrets",
+    "organisms",
+)  # editing one makes an organism stale
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,43 @@ class ReplicationAudit(OnSlice):
     test: Annotated[int, Field(ge=11)]
 
 
+class Discover(OnModel):
+    """notebooks/discover.ipynb and ``python -m dctlib discover``: what does a model hide, when nobody says?"""
+
+    prompts: str | Annotated[list[str], Field(min_length=2)]
+    """``harmful`` or ``benign`` for the pinned sets, a text file with an instruction a line, or instructions."""
+    fit_prompts: Count
+    validation: Annotated[int, Field(ge=2)]
+    """Instructions after those, on which vectors are measured and read."""
+    source: Layer | None
+    """Null, as `target`, to scan slices and take the most promising."""
+    target: Layer | None
+    method: Literal["exponential", "quadratic", "linear"]
+    num_factors: Annotated[int, Field(ge=2)]
+    iterations: Count
+    nonlinearity: Positive
+    rank_by: Literal["fluent", "divergence", "change", "alpha", "score"]
+    words: tuple[str, str] | None
+    """A positive and a negative one-token word to score by; null if you do not know what you look for."""
+    shown: Annotated[int, Field(ge=2)]
+    """Vectors whose completions are read: the highest ranked of each cluster."""
+    strengths: Annotated[list[Positive], Field(min_length=1)]
+    """Multiples of R; fluency is judged at the first."""
+    answer_tokens: Count
+    shown_characters: Count
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Discover":
+        if (self.source is None) != (self.target is None):
+            raise ValueError("give both source and target, or neither")
+        if self.source is not None and self.target is not None and self.source >= self.target:
+            raise ValueError(f"source={self.source} must lie below target={self.target}")
+        if self.rank_by == "score" and self.words is None:
+            raise ValueError("rank_by='score' needs two words")
+        return self
+
+
 class SyntheticRecovery(Section):
     """notebooks/synthetic_recovery.ipynb: does the exponential fit find factors that we planted?"""
 
@@ -238,6 +275,7 @@ class Profile(Section):
     locked: Locked
     circuit_breaker: CircuitBreaker
     password_locked: PasswordLocked
+    discover: Discover
 
 
 class _Run(Section):
@@ -276,6 +314,11 @@ def _validated(path: Path, kind: type[Any]) -> Any:
         raise ValueError(
             f"{where} holds {type(content).__name__}, expected a mapping of {', '.join(kind.model_fields)}"
         )
+    return checked(kind, content, where)
+
+
+def checked(kind: type[Any], content: dict[str, Any], where: str) -> Any:
+    """`content` as a section of this kind, or ValueError with a line for each key of `where` that is wrong."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -290,4 +333,6 @@ def _explain(where: str, detail: Any) -> str:
             return f"{where}: unknown key {key}; is it misspelt?"
         case "missing":
             return f"{where}: {key} is missing"
+        case "value_error":  # of keys together, as a validator of ours says it
+            return f"{where}: {key}{': ' if key else ''}{detail['ctx']['error']}"
     return f"{where}: {key} = {detail['input']!r}: {detail['msg']}"

@@ -8,15 +8,12 @@ import papermill
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from dctlib.params import load_profile
+from dctlib.params import Section, load_profile
 from dctlib.store import ROOT, whole
 
 
 def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
-    """Execute notebooks/<stem>.ipynb with the parameters of a profile, into runs/<profile>/<stem>.ipynb and .html.
-
-    The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes. The source
-    notebook is not touched. Of a run that fails, the notebook is kept as <stem>.failed.ipynb for reading.
+    """:func:`execute` notebooks/<stem>.ipynb with the parameters of a profile.
 
     Raises
     ------
@@ -26,6 +23,27 @@ def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
     section = getattr(load_profile(profile, root), stem, None)
     if section is None:
         raise ValueError(f"params/{profile}.yaml has no section {stem}, so there is no such notebook to run")
+    return execute(stem, profile, section, root)
+
+
+def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Path:
+    """Execute notebooks/<stem>.ipynb into runs/<profile>/<stem>.ipynb and .html, and return the former.
+
+    The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes. The source
+    notebook is not touched. Of a run that fails, the notebook is kept as <stem>.failed.ipynb for reading.
+
+    Parameters
+    ----------
+    profile : str
+        Names the folders of what the notebook leaves: figures/<profile>/ and so on.
+    section : Section
+        Its parameters.
+
+    Raises
+    ------
+    ValueError
+        If a cell raised ValueError.
+    """
     folder = root / "runs" / profile
     failed = folder / f"{stem}.failed.ipynb"
     with whole(folder / f"{stem}.ipynb") as partial:

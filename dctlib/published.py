@@ -62,9 +62,9 @@ def beside(notebook: str, results: Results) -> Replication:
     ValueError
         If the post has nothing to set beside this notebook.
     """
-    if notebook not in _RULES:
-        raise ValueError(f"got {notebook!r}, expected one of {', '.join(_RULES)}: notebooks with published numbers")
-    return _RULES[notebook](results, published())
+    if notebook not in RULES:
+        raise ValueError(f"got {notebook!r}, expected one of {', '.join(RULES)}: notebooks with published numbers")
+    return RULES[notebook](results, published())
 
 
 @cache
@@ -235,7 +235,7 @@ def _synthetic_recovery(ours: Results, post: Results) -> Replication:
     )
 
 
-_RULES: dict[str, Callable[[Results, Results], Replication]] = {
+RULES: dict[str, Callable[[Results, Results], Replication]] = {
     "training_curves": _training_curves,
     "sample_complexity": _sample_complexity,
     "multiplicity": _multiplicity,

@@ -1,6 +1,7 @@
 """The writeup: numbers and figures of a profile into prose, HTML and PDF."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,17 @@ from typing import Any
 import jinja2
 import pypandoc
 import typst
-import yaml
 
 from dctlib.params import load_profile
+from dctlib.published import RULES, beside, published
 from dctlib.store import ROOT, whole
 
 
 def write_report(profile: str, root: Path = ROOT) -> list[Path]:
     """Render writeup/paper.md with the numbers in figures/<profile>/*.json into writeup/<profile>/paper.html and .pdf.
 
-    The template sees every metrics file under its stem, ``published`` (writeup/published.yaml), ``params`` and
-    ``profile``. A number that is missing is an error, never a blank.
+    The template sees every metrics file under its stem, ``published`` (writeup/published.yaml), what of it replicates
+    (``beside``, by stem), ``params`` and ``profile``. A number that is missing is an error, never a blank.
 
     Raises
     ------
@@ -26,7 +27,7 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
         If a metrics file or a number in it is missing.
     """
     metrics = dict(_metrics(root / "figures" / profile))
-    published = yaml.safe_load((root / "writeup" / "published.yaml").read_text(encoding="utf-8"))
+    replicated = {stem: beside(stem, metrics[stem]) for stem in RULES if stem in metrics}
     params = load_profile(profile, root).model_dump(mode="json")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(root / "writeup"),
@@ -40,7 +41,12 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
     environment.filters |= {"number": number, "percent": percent, "text": markdown_text}
     try:
         prose = environment.get_template("paper.md").render(
-            **metrics, published=published, params=params, profile=profile, figures=f"../../figures/{profile}"
+            **metrics,
+            beside=replicated,
+            published=published(),
+            params=params,
+            profile=profile,
+            figures=f"../../figures/{profile}",
         )
     except jinja2.UndefinedError as error:
         raise ValueError(f"writeup/paper.md needs a number that figures/{profile}/ lacks: {error}") from error
@@ -76,8 +82,9 @@ def percent(value: float) -> str:
 
 
 def markdown_text(value: str) -> str:
-    """Text that a model wrote, with everything that Markdown or HTML would interpret escaped."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>~^$&@'\"" else c for c in " ".join(value.split()))
+    """Text that a model wrote: what Markdown or HTML would interpret is escaped, and very long words may break."""
+    words = re.sub(r"(\S{24})(?=\S)", "\\1\u200b", " ".join(value.split()))
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>~^$&@'\"" else c for c in words)
 
 
 def _metrics(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@ import torch
 from conftest import tiny_model, unit_rows
 
 from dctlib import CausalMap, calibrate, score_vectors, steer
-from dctlib.discover import distinct, fit_by, measure, read
+from dctlib.discover import discover, distinct, fit_by, measure, read
 from dctlib.slices import scan_slices
 
 INSTRUCTIONS = ["w0 w1", "w2 w3 w4", "w5"]
@@ -56,6 +56,41 @@ def test_it_reads_what_each_vector_makes_it_say(model, tokenizer):
     )
     assert len(said.perplexity) == 2
     assert all(1 <= perplexity <= 1e6 for perplexity in said.perplexity)
+
+
+@pytest.mark.parametrize(("norm", "most_perplexity", "fluent"), [(0, 1e9, 0.0), (50, 1e9, 1.0), (50, 1.0, 0.0)])
+def test_only_what_is_fluent_and_not_said_anyway_counts(model, tokenizer, norm, most_perplexity, fluent):
+    said = read(
+        model,
+        tokenizer,
+        INSTRUCTIONS,
+        norm * unit_rows(1, 32).float(),
+        layer=1,
+        strengths=[1.0],
+        max_new_tokens=3,
+        most_perplexity=most_perplexity,
+        progress=False,
+    )
+    assert said.fluent == [fluent]
+
+
+@pytest.mark.parametrize(("method", "count"), [("exponential", 6), ("linear", 12)])
+def test_a_discovery_shows_the_first_of_each_cluster(model, tokenizer, cmap, tmp_path, method, count):
+    R = calibrate(cmap)
+    dct = fit_by(method, tmp_path, cmap, num_factors=6, iterations=2, input_scale=R, seed=0)
+    options = {"layer": 1, "norm": R, "shown": 3, "strengths": [1.0, 2.0], "max_new_tokens": 3, "progress": False}
+    found = discover(model, tokenizer, cmap, dct, INSTRUCTIONS, **options)
+    assert len(found.ranked) == len(found.dct) == len(found.growth) == count
+    fluent = found.ranked["fluent"].tolist()
+    assert fluent == sorted(fluent, reverse=True)
+    assert len(set(found.readings(characters=5)["alike"].tolist())) == 3
+    lengths = R * found.dct.V.norm(dim=1)[found.ranked["vector"].tolist()]
+    torch.testing.assert_close(found.growth[:, 1], lengths)
+    readings = found.readings(characters=5)
+    assert readings["vector"].tolist() == found.shown
+    assert readings["perplexity"].tolist() == pytest.approx(found.reading.perplexity)
+    counts = found.summary(characters=5)
+    assert counts["above_floor"] == sum(found.ranked["divergence"] > counts["floor"])
 
 
 def test_slices_are_within_the_model_and_the_most_promising_comes_first(model, tokenizer):

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model, unit_rows
+from conftest import BLOCKS, FAMILIES, hooked_residual, tiny_model, unit_rows
 
 from dctlib import steer
-from dctlib.effects import clusters, effects
+from dctlib.effects import clusters, effects, growth
+from dctlib.models import blocks_of
 
 D = 32
 
@@ -52,3 +53,20 @@ def test_copies_share_a_cluster_and_opposites_do_not():
     assert clusters(base[:1]) == [0]
     with pytest.raises(ValueError, match="cosine=1"):
         clusters(vectors, cosine=1.0)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
+def test_growth_is_the_change_at_every_layer(family, tokenizer, texts, monkeypatch):
+    monkeypatch.setattr("dctlib.effects._TOKENS", 20)
+    model, vectors = tiny_model(family), 5 * unit_rows(3, D)
+    found = growth(model, tokenizer, texts, vectors, layer=1)
+    assert found.shape == (3, BLOCKS + 1)
+    assert found[:, 0].abs().max() == 0
+    torch.testing.assert_close(found[:, 1], torch.full((3,), 5.0))
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    for target in range(2, BLOCKS + 1):
+        for row, vector in enumerate(vectors):
+            pairs = [(hooked_residual(model, t, 1, target, vector), hooked_residual(model, t, 1, target)) for t in rows]
+            expected = torch.stack([(moved - clean)[0, -1].norm() for moved, clean in pairs]).mean().float()
+            torch.testing.assert_close(found[row, target], expected, rtol=1e-4, atol=1e-5)
+    assert not any(block._forward_hooks for block in blocks_of(model))

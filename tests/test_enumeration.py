@@ -1,0 +1,66 @@
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dctlib.enumeration import best_of_any, best_of_first
+from dctlib.metrics import interval
+
+
+def successes(m, n, seed, rate=0.3):
+    return torch.rand(m, n, generator=torch.Generator().manual_seed(seed)) < rate
+
+
+def test_ranked_vectors_count_from_the_first_that_succeeds():
+    success = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 1], [0, 1, 0, 0]]).bool()
+    assert best_of_first(success).mean.tolist() == [0.25, 0.5, 0.75]
+    assert best_of_first(success.flip(0)).mean.tolist() == [0.25, 0.75, 0.75]
+
+
+@settings(max_examples=25, deadline=None)
+@given(m=st.integers(1, 6), n=st.integers(2, 5), seed=st.integers(0, 10**6))
+def test_unordered_tries_are_averaged_over_all_choices_of_k(m, n, seed):
+    success = successes(m, n, seed)
+    found = best_of_any(success).mean
+    for k in range(1, m + 1):
+        rates = [success[list(chosen)].any(0).double().mean() for chosen in combinations(range(m), k)]
+        torch.testing.assert_close(found[k - 1], torch.stack(rates).mean())
+
+
+@settings(max_examples=25, deadline=None)
+@given(m=st.integers(1, 8), n=st.integers(2, 30), seed=st.integers(0, 10**6))
+def test_curves_rise_within_their_intervals_and_end_alike(m, n, seed):
+    success = successes(m, n, seed)
+    first, any_order = best_of_first(success), best_of_any(success)
+    for curve in (first, any_order):
+        for part in (curve.mean, curve.low, curve.high):
+            assert part.shape == (m,)
+            assert (part.diff() >= -1e-12).all()
+        assert ((curve.low <= curve.mean + 1e-12) & (curve.mean <= curve.high + 1e-12)).all()
+    torch.testing.assert_close(first.mean[-1], any_order.mean[-1])
+
+
+def test_intervals_are_those_of_the_mean_over_prompts():
+    success = successes(3, 200, seed=1)
+    curve = best_of_first(success)
+    for k in (1, 3):
+        expected = interval(success[:k].any(0).double().tolist())
+        assert curve.mean[k - 1].item() == pytest.approx(expected.mean)
+        assert curve.low[k - 1].item() == pytest.approx(expected.low, abs=0.006)
+        assert curve.high[k - 1].item() == pytest.approx(expected.high, abs=0.006)
+    assert torch.equal(best_of_first(success).low, curve.low)
+
+
+def test_many_tries_stay_exact():
+    success = torch.zeros(2000, 2, dtype=torch.bool)
+    success[7] = True
+    torch.testing.assert_close(best_of_any(success).mean, torch.arange(1, 2001, dtype=torch.float64) / 2000)
+
+
+@pytest.mark.parametrize("success", [torch.ones(3, 4), torch.ones(4).bool(), torch.ones(3, 1).bool()])
+@pytest.mark.parametrize("curve", [best_of_first, best_of_any])
+def test_anything_but_a_matrix_of_bool_is_refused(curve, success):
+    with pytest.raises(ValueError, match=r"expected bool \(m, n\)"):
+        curve(success)
