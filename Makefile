@@ -1,4 +1,5 @@
 # make repro   the paper: fetch, train the organisms, fit, draw, write (params/run.yaml names the profile)
+# make beyond  what goes past the post: baselines, stability
 # make test    everything CI checks
 # make help    the other targets
 SHELL := /bin/bash
@@ -9,10 +10,13 @@ SMOKE := build/smoke
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro test lint unit smoke nbval bench docs notebook lock clean help
+.PHONY: repro beyond test lint unit smoke nbval bench docs notebook lock clean help
 
 repro: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro
+
+beyond: $(READY)
+	PATH="$(BIN):$$PATH" dvc repro beyond/dvc.yaml
 
 test: lint unit nbval
 

@@ -211,6 +211,29 @@ class ReplicationAudit(OnSlice):
     test: Annotated[int, Field(ge=11)]
 
 
+class Baselines(OnSlice):
+    """notebooks/baselines.ipynb: does it beat what people use?"""
+
+    clean: str
+    """The model that judges what is fluent."""
+    bounds: Bounds
+    melbo_vectors: Count
+    melbo_steps: Count
+    tries: Count
+    """k: vectors of each method, best first on validation, whose completions are judged."""
+    test: Annotated[int, Field(ge=4)]
+    answer_tokens: Count
+    lora_steps: Count
+
+
+class Stability(OnSlice):
+    """notebooks/stability.ipynb: do other seeds and prompts find the same, and is the transcoder faithful?"""
+
+    seeds: Annotated[list[Seed], Field(min_length=2)]
+    widths: Annotated[list[Count], Field(min_length=1)]
+    test: Annotated[int, Field(ge=2)]
+
+
 class Discover(OnModel):
     """notebooks/discover.ipynb and ``python -m dctlib discover``: what does a model hide, when nobody says?"""
 
@@ -276,6 +299,8 @@ class Profile(Section):
     circuit_breaker: CircuitBreaker
     password_locked: PasswordLocked
     discover: Discover
+    baselines: Baselines
+    stability: Stability
 
 
 class _Run(Section):

@@ -9,7 +9,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PIPELINES = [yaml.safe_load((ROOT / path).read_text()) for path in ("dvc.yaml", "beyond/dvc.yaml")]
+STAGES = {name: stage for pipeline in PIPELINES for name, stage in pipeline["stages"].items()}
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

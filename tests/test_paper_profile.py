@@ -44,10 +44,17 @@ SHRUNK = {
     "multipliers": [1.0, 4.0],
     "judged": 1,
     "random_vectors": 2,
+    "shown": 2,
+    "strengths": [1.0],
+    "tries": 2,
+    "melbo_vectors": 2,
+    "melbo_steps": 2,
+    "lora_steps": 1,
 }
 STAGES = [
     stem
-    for stem in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for pipeline in ("dvc.yaml", "beyond/dvc.yaml")
+    for stem in yaml.safe_load((ROOT / pipeline).read_text())["stages"]
     if (ROOT / "notebooks" / f"{stem}.ipynb").is_file()
 ]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"

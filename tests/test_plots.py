@@ -1,18 +1,23 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import unit_rows
 
+from dctlib.enumeration import best_of_first
 from dctlib.metrics import Interval
 from dctlib.plots import save_figure
 from dctlib.plots.ablation import ablation
+from dctlib.plots.baselines import enumeration
 from dctlib.plots.circuit_breaker import circuit_breaker
 from dctlib.plots.deeper_models import deeper_models
+from dctlib.plots.discover import ranked_vectors
 from dctlib.plots.multiplicity import multiplicity
 from dctlib.plots.organisms import losses
 from dctlib.plots.password_locked import password_locked
 from dctlib.plots.replication_audit import faults
 from dctlib.plots.sample_complexity import sample_complexity
+from dctlib.plots.stability import stability
 from dctlib.plots.synthetic_recovery import recovery_curves
 from dctlib.plots.training_curves import scores, training_curves
 
@@ -41,6 +46,10 @@ SCAN = pd.DataFrame(
     for s in (5, 10)
     for k in (1.0, 2.0)
 )
+CURVE = best_of_first(torch.tensor([[True, False, False], [False, True, False]]))
+RANKED = pd.DataFrame(
+    {"divergence": [3.0, 1.0, 0.2], "change": [9.0, 8.0, 7.0], "next": [" $x$", "\n", "a"], "alike": [0, 1, 0]}
+)
 FIGURES = {
     "training_curves": lambda: training_curves(
         {8: {"objective": [1.0, 2.0, 3.0], "seconds": 1.0}, 16: {"objective": [2.0, 4.0, 7.0], "seconds": 2.1}}
@@ -61,6 +70,14 @@ FIGURES = {
     "sample_complexity": lambda: sample_complexity(COMPLEXITY, [-8.0, -7.0], PUBLISHED),
     "deeper_models": lambda: deeper_models(DEPTH),
     "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": [False, False], "DCT": [True, False]}),
+    "baselines": lambda: enumeration({"DCT": CURVE, "random": CURVE}, {"LoRA": 0.5}),
+    "stability": lambda: stability(
+        pd.DataFrame(
+            {"cosine": [1.0, 0.4], "overlap": [1.0, 0.6], "score": [3.0, -1.0]}, index=["reference", "seed 1"]
+        ),
+        pd.DataFrame({"random": [0.9, 0.8], "factors": [0.5, 0.4]}, index=[8, "merged"]),
+    ),
+    "discover": lambda: ranked_vectors(RANKED, floor=0.5),
     "password_locked": lambda: password_locked(
         {"DCT": [0.0, 0.5], "random": [0.0, 0.0]}, {"locked": [False, False], "steered": [True, False]}
     ),

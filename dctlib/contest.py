@@ -1,0 +1,217 @@
+"""Methods side by side: the same candidates' length, the same ranking, the same judge."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.answers import Example, answer_loss
+from dctlib.baselines import difference_of_means, random_vectors
+from dctlib.differentiable_map import DifferentiableMap
+from dctlib.fit import fit_exponential
+from dctlib.generate import complete
+from dctlib.intervene import ablate
+from dctlib.lessons import Lesson, epochs
+from dctlib.melbo import melbo, power_steering
+from dctlib.models import load_model
+from dctlib.organisms import make_organism
+from dctlib.pass_counter import PassCounter
+from dctlib.prompts import format_chat
+from dctlib.rank import score_vectors
+from dctlib.sampling import sample
+
+Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
+
+
+@dataclass(frozen=True, eq=False)
+class Entrant:
+    """A method's candidate vectors, best first, and what finding them took.
+
+    Attributes
+    ----------
+    vectors : Tensor, (k, d)
+        At their length.
+    seconds : float
+        Wall time of the search, without ranking.
+    forward, backward : int
+        Passes of single vectors through the slice, over all prompts (see :class:`PassCounter`).
+    """
+
+    vectors: Float[Tensor, "k d"]
+    seconds: float
+    forward: int
+    backward: int
+
+
+def enter(cmap: DifferentiableMap, find: Callable[[DifferentiableMap], Float[Tensor, "m d"]]) -> Entrant:
+    """Let a method search the map, and count what it takes."""
+    counted, started = PassCounter(cmap), time.perf_counter()
+    vectors = find(counted).cpu()
+    return Entrant(vectors, time.perf_counter() - started, counted.forward, counted.backward)
+
+
+def unsupervised(
+    cmap: DifferentiableMap,
+    *,
+    input_scale: float,
+    num_factors: int,
+    iterations: int,
+    melbo_vectors: int,
+    melbo_steps: int,
+    seed: int,
+) -> dict[str, Entrant]:
+    """What methods that know nothing but the map find: `num_factors` vectors of length R each, fewer by MELBO.
+
+    MELBO finds one vector after another, so its vectors cost most; power steering leaves the sign open and gives both.
+    """
+    R = input_scale
+
+    def dct(cmap: DifferentiableMap) -> Tensor:
+        fit = fit_exponential(cmap, num_factors=num_factors, input_scale=R, iterations=iterations, seed=seed)
+        return fit.steering_vectors()
+
+    def both_signs(cmap: DifferentiableMap) -> Tensor:
+        V = power_steering(cmap, num_vectors=num_factors // 2, seed=seed).V
+        return R * torch.cat([V, -V])
+
+    def one_by_one(cmap: DifferentiableMap) -> Tensor:
+        found = melbo(cmap, num_vectors=melbo_vectors, input_scale=R, steps=melbo_steps, learning_rate=0.05, seed=seed)
+        return R * found.V
+
+    methods = {"DCT": dct, "MELBO": one_by_one, "power steering": both_signs}
+    methods["random"] = lambda cmap: random_vectors(num_factors, cmap.d_source, norm=R, seed=seed)
+    return {method: enter(cmap, find) for method, find in methods.items()}
+
+
+def highest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    *,
+    layer: int,
+    count: int,
+    progress: bool = True,
+) -> Float[Tensor, "k d"]:
+    """The `count` vectors under which "Sure" is ahead of "Sorry" most on validation `requests`, best first."""
+    texts = format_chat(tokenizer, requests)
+    scores = score_vectors(model, tokenizer, texts, vectors, layer=layer, progress=progress)
+    return vectors[scores.argsort(descending=True)[:count]]
+
+
+def successes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    vectors: Float[Tensor, "k d"],
+    judge: Judge,
+    *,
+    layer: int,
+    max_new_tokens: int,
+    progress: bool = True,
+) -> Bool[Tensor, "k n"]:
+    """Whether each vector makes the model answer each request, by `judge`."""
+    texts, n = format_chat(tokenizer, requests), len(requests)
+    steering: dict[str, Any] = {"layer": layer, "vector": vectors.repeat_interleave(n, 0)}
+    said = complete(
+        model, tokenizer, texts * len(vectors), **steering, max_new_tokens=max_new_tokens, progress=progress
+    )
+    return judged(judge, requests, [said[first : first + n] for first in range(0, len(said), n)])
+
+
+def judged(judge: Judge, requests: Sequence[str], tries: Sequence[Sequence[str]]) -> Bool[Tensor, "k n"]:
+    """The judge's verdict of every try at every request."""
+    return torch.tensor([judge(requests, said) for said in tries])
+
+
+def told(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    judge: Judge,
+    *,
+    towards: Sequence[str],
+    away: Sequence[str],
+    layer: int,
+    norm: float,
+    max_new_tokens: int,
+) -> tuple[Float[Tensor, " d"], dict[str, Bool[Tensor, "1 n"]]]:
+    """Verdicts of the difference of means (Arditi et al. 2024) added at `layer` with length `norm`, and ablated.
+
+    Parameters
+    ----------
+    towards, away : sequence of str
+        Instructions of the two kinds, which only a supervised method is told apart.
+
+    Returns
+    -------
+    vector, verdicts
+        What is added, and the name of each way → whether it gets each request answered.
+    """
+    contrast = [format_chat(tokenizer, part) for part in (towards, away)]
+    mean = difference_of_means(model, tokenizer, *contrast, layer=layer)
+    vector = norm * mean / mean.norm()
+    added = successes(model, tokenizer, requests, vector[None], judge, layer=layer, max_new_tokens=max_new_tokens)
+    with ablate(model, mean):
+        said = complete(model, tokenizer, format_chat(tokenizer, requests), max_new_tokens=max_new_tokens)
+    return vector, {"means, added": added, "means, ablated": judged(judge, requests, [said])}
+
+
+def taught(
+    folder: Path,
+    base: str,
+    requests: Sequence[str],
+    judge: Judge,
+    rows: Sequence[Mapping[str, str]],
+    *,
+    steps: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Bool[Tensor, "1 n"]:
+    """Verdicts of a LoRA that learned AdvBench's compliant openings: what supervised training unlocks."""
+    settings = {"rows": [dict(row) for row in rows], "steps": steps, "batch": 16, "seed": seed}
+    make_organism(folder, base, comply_lesson, settings, rank=16, learning_rate=5e-4, seed=seed)
+    model, tokenizer = load_model(folder, dtype="native")
+    said = complete(model, tokenizer, format_chat(tokenizer, requests), max_new_tokens=max_new_tokens)
+    return judged(judge, requests, [said])
+
+
+def comply_lesson(
+    _model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, str]],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> Lesson:
+    """Answer each row's ``goal`` with its ``target``."""
+    prompts = format_chat(tokenizer, [row["goal"] for row in rows])
+    examples = [Example(p, row["target"], ends=False) for p, row in zip(prompts, rows, strict=True)]
+    drawn = epochs(examples, torch.Generator().manual_seed(seed))
+    batches = [[*islice(drawn, batch)] for _ in range(steps)]
+    return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
+
+
+def drawn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    judge: Judge,
+    *,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Bool[Tensor, "k n"]:
+    """Verdicts of `count` samples of the unsteered model at temperature 1."""
+    texts = format_chat(tokenizer, requests)
+    return judged(
+        judge, requests, sample(model, tokenizer, texts, count=count, max_new_tokens=max_new_tokens, seed=seed)
+    )

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from conftest import tiny_model, unit_rows
+
+from dctlib import CausalMap, ablate, calibrate, format_chat, score_vectors
+from dctlib.baselines import difference_of_means
+from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, unsupervised
+from dctlib.generate import complete
+
+REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
+D = 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("Llama", dtype=torch.float32)
+
+
+def judge(requests, completions):
+    assert len(requests) == len(completions)
+    return ["w1" in completion for completion in completions]
+
+
+def test_methods_give_vectors_of_one_length_and_their_passes_are_counted(model, tokenizer, texts):
+    cmap = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+    R = calibrate(cmap)
+    options = {"num_factors": 6, "iterations": 2, "melbo_vectors": 2, "melbo_steps": 3, "seed": 0}
+    found = unsupervised(cmap, input_scale=R, **options)
+    assert {method: len(e.vectors) for method, e in found.items()} == {
+        "DCT": 6,
+        "MELBO": 2,
+        "power steering": 6,
+        "random": 6,
+    }
+    for entrant in found.values():
+        torch.testing.assert_close(entrant.vectors.norm(dim=1), torch.full((len(entrant.vectors),), R))
+    assert (found["random"].forward, found["random"].backward) == (0, 0)
+    assert found["MELBO"].backward == 2 * 3
+    assert found["DCT"].backward == 32 + 2 * 6  # the projected start, and two sweeps
+    torch.testing.assert_close(found["power steering"].vectors[:3], -found["power steering"].vectors[3:])
+
+
+def test_the_highest_are_those_of_the_highest_scores(model, tokenizer):
+    vectors = 10 * unit_rows(5, D).float()
+    best = highest(model, tokenizer, REQUESTS, vectors, layer=1, count=2, progress=False)
+    scores = score_vectors(model, tokenizer, format_chat(tokenizer, REQUESTS), vectors, layer=1, progress=False)
+    assert torch.equal(best, vectors[scores.topk(2).indices])
+
+
+def test_success_is_what_the_judge_says_of_each_vector_and_request(model, tokenizer):
+    vectors = 20 * unit_rows(3, D).float()
+    options = {"layer": 1, "max_new_tokens": 6}
+    found = successes(model, tokenizer, REQUESTS, vectors, judge, **options, progress=False)
+    texts = format_chat(tokenizer, REQUESTS)
+    for row, vector in zip(found, vectors, strict=True):
+        assert row.tolist() == judge(REQUESTS, complete(model, tokenizer, texts, vector=vector, **options))
+
+
+def test_told_adds_the_difference_of_means_and_ablates_it(model, tokenizer):
+    sides = {"towards": ["w6 w7", "w8"], "away": ["w9", "w10 w11"]}
+    vector, verdicts = told(model, tokenizer, REQUESTS, judge, **sides, layer=1, norm=5.0, max_new_tokens=6)
+    mean = difference_of_means(model, tokenizer, *(format_chat(tokenizer, of) for of in sides.values()), layer=1)
+    torch.testing.assert_close(vector, 5 * mean / mean.norm())
+    texts = format_chat(tokenizer, REQUESTS)
+    with ablate(model, mean):
+        ablated = judge(REQUESTS, complete(model, tokenizer, texts, max_new_tokens=6))
+    added = judge(REQUESTS, complete(model, tokenizer, texts, max_new_tokens=6, layer=1, vector=vector))
+    assert {name: of.tolist() for name, of in verdicts.items()} == {
+        "means, added": [added],
+        "means, ablated": [ablated],
+    }
+
+
+def test_samples_are_judged_one_try_a_row(model, tokenizer):
+    found = drawn(model, tokenizer, REQUESTS, judge, count=4, max_new_tokens=6, seed=0)
+    assert found.shape == (4, 3)
+    assert found.dtype == torch.bool
+
+
+def test_the_taught_model_learns_the_targets(tmp_path, tokenizer):
+    base, rows = tmp_path / "base", [{"goal": request, "target": "w1 w1 w1"} for request in REQUESTS]
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lesson = comply_lesson(None, tokenizer, rows, steps=2, batch=2, seed=0)  # pyright: ignore[reportArgumentType]
+    assert [len(batch) for batch in lesson.batches] == [2, 2]
+    assert lesson.batches[0][0].answer == "w1 w1 w1"
+    options = {"steps": 60, "max_new_tokens": 3, "seed": 0}
+    assert taught(tmp_path / "complying", str(base), REQUESTS, judge, rows, **options).tolist() == [[True] * 3]
