@@ -7,10 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.calibrate import calibrate
 from dctlib.causal_map import CausalMap
+from dctlib.discover import read
 from dctlib.effects import effects
 from dctlib.fit import fit_exponential
-from dctlib.generate import complete
-from dctlib.judges import fluency
 from dctlib.models import blocks_of
 from dctlib.prompts import format_chat
 
@@ -69,9 +68,8 @@ def scan_slices(
         The most promising one first.
     """
     depth = len(blocks_of(model))
-    texts, asked = format_chat(tokenizer, instructions), format_chat(tokenizer, held_out)
-    clean = complete(model, tokenizer, asked, max_new_tokens=answer_tokens, progress=False)
-    found = []
+    texts, asked, found = format_chat(tokenizer, instructions), format_chat(tokenizer, held_out), []
+    reading = {"max_new_tokens": answer_tokens, "most_perplexity": most_perplexity, "progress": progress}
     for s in sorted({int(share * depth) for share in _SHARES}):
         cmap = CausalMap.from_model(model, tokenizer, texts, source=s, target=min(depth, s + max(1, depth // 3)))
         R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
@@ -80,12 +78,6 @@ def scan_slices(
         )
         vectors = dct.steering_vectors()
         order = effects(model, tokenizer, asked, vectors, layer=s, progress=progress).divergence.mean(1).argsort()
-        new = 0
-        for vector in vectors[order[-judged:]]:
-            said = complete(
-                model, tokenizer, asked, layer=s, vector=vector, max_new_tokens=answer_tokens, progress=False
-            )
-            fluent = (fluency(model, tokenizer, held_out, said) <= most_perplexity).tolist()
-            new += sum(ok and a != b for ok, a, b in zip(fluent, said, clean, strict=True))
-        found.append(Slice(s, cmap.target or depth, R, new / (min(judged, num_factors) * len(asked))))
+        said = read(model, tokenizer, held_out, vectors[order[-judged:]], layer=s, strengths=[1.0], **reading)
+        found.append(Slice(s, cmap.target or depth, R, sum(said.fluent) / len(said.fluent)))
     return sorted(found, key=lambda each: -each.found)
