@@ -44,8 +44,8 @@ def discover(
         str, typer.Option(help="A text file with one instruction a line; or `harmful` or `benign`, the pinned sets.")
     ],
     name: Annotated[
-        str, typer.Option(help="Names the folders of what is found: figures/NAME, vectors/NAME, runs/NAME.")
-    ],
+        str, typer.Option(help="Names the folders, runs/NAME and so on, of what is found. Left out: the model's name.")
+    ] = "",
     fit_prompts: Annotated[int, typer.Option(help="Instructions to fit, the first of the file. 4 to 12 suffice.")] = 4,
     validation: Annotated[
         int, typer.Option(help="Instructions after those: vectors are measured and read on them.")
@@ -87,12 +87,13 @@ def discover(
     This runs notebooks/discover.ipynb. It leaves runs/NAME/discover_explorer.html to browse, runs/NAME/discover.html to
     read, and vectors/NAME/discover to share. Fits are remembered: a second run with another ranking is quick.
 
-    Example: python -m dctlib discover --model Qwen/Qwen2.5-0.5B-Instruct --prompts mine.txt --name qwen
+    Example: python -m dctlib discover --model Qwen/Qwen2.5-0.5B-Instruct --prompts mine.txt
     """
     from dctlib.params import Discover, checked
     from dctlib.pipeline import execute
     from dctlib.store import ROOT
 
+    name = name or re.sub(r"[^\w.-]", "-", Path(model.partition("@")[0]).name)
     if not re.fullmatch(r"\w[\w.-]*", name) or (ROOT / "params" / f"{name}.yaml").exists():
         raise ValueError(f"got --name {name!r}, expected letters and digits, and not the name of a profile in params/")
     values = {key: value for key, value in locals().items() if key in Discover.model_fields}

@@ -5,8 +5,10 @@ import sys
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from typer.testing import CliRunner
 
 from dctlib import pipeline
+from dctlib.__main__ import app
 from dctlib.params import Section
 from dctlib.store import ROOT
 
@@ -66,6 +68,8 @@ def test_an_unknown_notebook_is_named(root):
         (["run", "training_curves", "--profile", "nowhere"], "error: no profile 'nowhere'"),
         (["run", "nowhere", "--profile", "smoke"], "error: params/smoke.yaml has no section nowhere"),
         (["writeup", "--profile", "nowhere"], "error: no profile 'nowhere'"),
+        (["discover", "--model", "m", "--prompts", "benign", "--source", "5"], "error: discover: give both source"),
+        (["discover", "--model", "m", "--prompts", "benign", "--name", "../m"], "error: got --name '../m'"),
     ],
 )
 def test_the_command_line_gives_one_message_and_an_exit_code(arguments, message):
@@ -78,7 +82,26 @@ def test_the_command_line_gives_one_message_and_an_exit_code(arguments, message)
 
 def test_help_lists_the_stages():
     done = subprocess.run([sys.executable, "-m", "dctlib", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert all(command in done.stdout for command in ("assets", "run", "writeup"))
+    assert all(command in done.stdout for command in ("assets", "run", "discover", "writeup"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("owner/Some-Model.1@0abc", "Some-Model.1"), ("models/laptop/refusal", "refusal")]
+)
+def test_discover_is_the_notebook_with_the_options_as_parameters(monkeypatch, tmp_path, model, name):
+    called = []
+    monkeypatch.setattr("dctlib.pipeline.execute", lambda *arguments: called.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("one\ntwo\n")
+    options = ["--model", model, "--prompts", "mine.txt", "--words", "Sure", "Sorry", "--num-factors", "16"]
+    result = CliRunner().invoke(app, ["discover", *options])
+    assert result.exit_code == 0, result.output
+    ((stem, found, section),) = called
+    assert (stem, found) == ("discover", name)
+    assert section.model == model
+    assert section.prompts == str(tmp_path / "mine.txt")
+    assert section.words == ("Sure", "Sorry")
+    assert (section.num_factors, section.source, section.rank_by) == (16, None, "fluent")
 
 
 def test_metrics_in_git_are_json():
