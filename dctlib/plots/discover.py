@@ -49,13 +49,6 @@ def ranked_vectors(table: pd.DataFrame, floor: float, labelled: int = 6) -> Figu
                 parse_math=False,
             )
         right.set(xlabel="length of the change at layer t", ylabel="KL of the next token (nats)", ylim=(0, None))
-        right.annotate(
-            "blue: the first of each cluster",
-            (0.02, 0.97),
-            xycoords="axes fraction",
-            va="top",
-            color=COLOURS["DCT"],
-            fontsize=8,
-        )
+        right.set_title("blue: the first of each cluster", loc="left", color=COLOURS["DCT"], fontsize=8)
         sns.despine(figure)
     return figure
