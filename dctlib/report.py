@@ -63,8 +63,9 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
         source = folder / ".paper.typ"
         try:
             _pandoc(prose, "typst", folder, source, ["--standalone"])
-            undated = "#set document(date: none)\n" + source.read_text(encoding="utf-8")
-            source.write_text(undated, encoding="utf-8")  # the same numbers make the same bytes
+            # Without a date the same numbers make the same bytes; and long tables may go on on the next page.
+            rules = "#set document(date: none)\n#show figure.where(kind: table): set block(breakable: true)\n"
+            source.write_text(rules + source.read_text(encoding="utf-8"), encoding="utf-8")
             partial.write_bytes(typst.compile(str(source), root=str(root)))
         finally:
             source.unlink(missing_ok=True)
