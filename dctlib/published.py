@@ -92,7 +92,7 @@ def _training_curves(ours: Results, post: Results) -> Replication:
             "the best DCT vector turns refusal into compliance, the best random vector does not": ours["dct_best"]
             > 0
             > ours["random_best"],
-            "wide fits converge within ten iterations": abs(widest[-1] - widest[-2]) < 0.05 * abs(widest[-1]),
+            "wide fits converge within ten iterations": abs(widest[-1] - widest[-2:][0]) < 0.05 * abs(widest[-1]),
             "causal importance rises while a wide fit is trained": widest[-1] > widest[0],
         },
     )
