@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model, unit_rows
@@ -49,7 +51,7 @@ def test_the_highest_are_those_of_the_highest_scores(model, tokenizer):
 
 def test_success_is_what_the_judge_says_of_each_vector_and_request(model, tokenizer):
     vectors = 20 * unit_rows(3, D).float()
-    options = {"layer": 1, "max_new_tokens": 6}
+    options: dict[str, Any] = {"layer": 1, "max_new_tokens": 6}
     found = successes(model, tokenizer, REQUESTS, vectors, judge, **options, progress=False)
     texts = format_chat(tokenizer, REQUESTS)
     for row, vector in zip(found, vectors, strict=True):
