@@ -34,10 +34,10 @@ def test_the_sum_is_the_largest_not_the_greedy_one():
 
 def test_two_fits_of_a_planted_map_share_its_factors_and_little_else():
     planted = planted_map(8, 96, dtype=torch.float64)
-    options = {"num_factors": 24, "input_scale": 4.0, "iterations": 20, "progress": False}
+    options = {"num_factors": 24, "input_scale": 4.0, "iterations": 20, "orthogonalise": "soft", "progress": False}
     one, two = (fit_exponential(planted.cmap, init="random", seed=seed, **options) for seed in (1, 2))
     shared = matched_cosine(one.V, two.V).sort(descending=True).values
-    assert shared[:6].mean() > 0.98
+    assert shared[:8].min() > 0.98
     assert matched_cosine(unit_rows(24, 96), unit_rows(24, 96, seed=1)).max() < 0.6
 
 
