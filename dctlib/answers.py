@@ -1,16 +1,18 @@
 """Answers to prompts, and how likely a model finds them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models import pad_id
+from dctlib.models import replaying
+from dctlib.prompt_tree import PromptTree, plant
 
 
 @dataclass(frozen=True)
@@ -22,53 +24,39 @@ class Example:
     ends: bool
 
 
-def padded(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
-    """Tokens of prompts and answers padded on the right, the attention mask, and which tokens belong to answers."""
+def plant_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[tuple[PromptTree, list[int]]]:
+    """Examples in order, as the trees of :func:`dctlib.prompt_tree.plant`, and where in each path its answer begins."""
     prompts = [tokenizer.encode(example.prompt, add_special_tokens=False) for example in examples]
     ends = [[tokenizer.eos_token_id] if example.ends else [] for example in examples]
-    answers = [
-        tokenizer.encode(e.answer, add_special_tokens=False) + end for e, end in zip(examples, ends, strict=True)
-    ]
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    tokens = torch.full((len(examples), length), pad_id(tokenizer))
-    mask, is_answer = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        mask[row, :end] = 1
-        is_answer[row, len(prompt) : end] = True
-    return tokens, mask, is_answer
+    answers = [tokenizer.encode(example.answer, add_special_tokens=False) for example in examples]
+    rows = [torch.tensor([[*p, *a, *end]]) for p, a, end in zip(prompts, answers, ends, strict=True)]
+    starts = iter(map(len, prompts))
+    return [(tree, list(islice(starts, len(tree.paths)))) for tree in plant(model, rows)]
 
 
 def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Float[Tensor, ""]:
     """Mean cross-entropy of all tokens of all answers."""
-    losses, _ = _token_losses(model, tokenizer, examples)
-    return losses.mean()
+    return torch.cat(list(_token_losses(model, tokenizer, examples))).mean()
 
 
-def surprise(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, batch_size: int = 50
-) -> Float[Tensor, " n"]:
+def surprise(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Float[Tensor, " n"]:
     """Mean −log p of a token of each answer, in nats: the logarithm of its perplexity. Infinite for an empty answer."""
-    found = []
-    for start in range(0, len(examples), batch_size):
-        with torch.no_grad():
-            losses, rows = _token_losses(model, tokenizer, examples[start : start + batch_size])
-        count = len(examples[start : start + batch_size])
-        total, tokens = (torch.zeros(count).index_add_(0, rows, x) for x in (losses, torch.ones_like(losses)))
-        found.append(torch.where(tokens > 0, total / tokens, torch.inf))
-    return torch.cat(found)
+    with torch.no_grad():
+        answers = list(_token_losses(model, tokenizer, examples))
+    return torch.stack([losses.mean() if len(losses) else losses.new_tensor(torch.inf) for losses in answers])
 
 
 def _token_losses(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
-    """−log p of every token of every answer, and whose it is. Logits are computed at those tokens alone."""
-    tokens, mask, is_answer = (part.to(model.device) for part in padded(tokenizer, examples))
-    hidden = model.base_model(tokens, attention_mask=mask, use_cache=False).last_hidden_state
-    predicts = is_answer[:, 1:]
-    logits = model.get_output_embeddings()(hidden[:, :-1][predicts])
-    losses = F.cross_entropy(logits.float(), tokens[:, 1:][predicts], reduction="none")
-    return losses, predicts.nonzero()[:, 0]
+) -> Iterator[Float[Tensor, " k"]]:
+    """−log p of every token of each answer. Logits are computed at those tokens alone."""
+    with replaying(model):
+        for tree, starts in plant_answers(model, tokenizer, examples):
+            hidden = model.base_model(**tree.arguments(model), use_cache=False).last_hidden_state[0]
+            answers = [path[start:] for path, start in zip(tree.paths, starts, strict=True)]
+            before = [path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)]
+            logits = model.get_output_embeddings()(hidden[torch.cat(before)]).float()
+            said = tree.tokens[0, torch.cat(answers)].to(logits.device)
+            yield from F.cross_entropy(logits, said, reduction="none").split([len(answer) for answer in answers])

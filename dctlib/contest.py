@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +15,7 @@ from dctlib.answers import Example, answer_loss
 from dctlib.baselines import difference_of_means, random_vectors
 from dctlib.differentiable_map import DifferentiableMap
 from dctlib.fit import fit_exponential
-from dctlib.generate import complete
+from dctlib.generate import complete, complete_each
 from dctlib.intervene import ablate
 from dctlib.lessons import Lesson, epochs
 from dctlib.melbo import melbo, power_steering
@@ -118,12 +117,8 @@ def successes(
     progress: bool = True,
 ) -> Bool[Tensor, "k n"]:
     """Whether each vector makes the model answer each request, by `judge`."""
-    texts, n = format_chat(tokenizer, requests), len(requests)
-    steering: dict[str, Any] = {"layer": layer, "vector": vectors.repeat_interleave(n, 0)}
-    said = complete(
-        model, tokenizer, texts * len(vectors), **steering, max_new_tokens=max_new_tokens, progress=progress
-    )
-    return judged(judge, requests, [said[first : first + n] for first in range(0, len(said), n)])
+    texts, options = format_chat(tokenizer, requests), {"max_new_tokens": max_new_tokens, "progress": progress}
+    return judged(judge, requests, complete_each(model, tokenizer, texts, vectors, layer=layer, **options))
 
 
 def judged(judge: Judge, requests: Sequence[str], tries: Sequence[Sequence[str]]) -> Bool[Tensor, "k n"]:

@@ -1,7 +1,7 @@
 """From a fitted slice to vectors worth reading: measured, told apart, and made to speak."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ from dctlib.baselines import random_vectors
 from dctlib.causal_map import CausalMap
 from dctlib.effects import clusters, effects, growth
 from dctlib.fit import fit_exponential, fit_linear, fit_quadratic, remembered
-from dctlib.generate import complete
-from dctlib.judges import cut, fluency
+from dctlib.generate import complete, complete_each
+from dctlib.judges import cut, fluency, is_repetitive
 from dctlib.prompts import format_chat
 from dctlib.rank import score_vectors
 from dctlib.transcoder import Transcoder
@@ -109,7 +109,8 @@ class Reading:
     perplexity : list of float
         Median perplexity, under the clean model, of each vector's completions at the first multiple.
     fluent : list of float
-        Fraction of those completions that are fluent, of at most `most_perplexity`, and not what the model says anyway.
+        Fraction of those completions that are fluent, of at most `most_perplexity` and not repetitive, and not what the
+        model says anyway.
     """
 
     clean: list[str]
@@ -117,11 +118,18 @@ class Reading:
     perplexity: list[float]
     fluent: list[float]
 
+    def of(self, rows: Sequence[int]) -> "Reading":
+        """What it says under some of the vectors."""
+        steered = {strength: [said[row] for row in rows] for strength, said in self.steered.items()}
+        columns = ([column[row] for row in rows] for column in (self.perplexity, self.fluent))
+        return Reading(self.clean, steered, *columns)
+
 
 def read(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     instructions: Sequence[str],
+    clean: Sequence[str],
     vectors: Float[Tensor, "k d"],
     *,
     layer: int,
@@ -130,21 +138,25 @@ def read(
     most_perplexity: float = 20.0,
     progress: bool = True,
 ) -> Reading:
-    """Complete each instruction under each vector at each strength, and without any."""
-    texts, n = format_chat(tokenizer, instructions), len(instructions)
-    options = {"max_new_tokens": max_new_tokens, "progress": progress}
-    clean, steered = complete(model, tokenizer, texts, **options), {}
-    for strength in strengths:
-        each = (strength * vectors).repeat_interleave(n, 0)
-        said = complete(model, tokenizer, texts * len(vectors), layer=layer, vector=each, **options)
-        steered[strength] = [said[first : first + n] for first in range(0, len(said), n)]
+    """Complete each instruction under each vector at each strength.
+
+    Parameters
+    ----------
+    clean : sequence of str
+        What the model says without any.
+    """
+    texts, options = format_chat(tokenizer, instructions), {"max_new_tokens": max_new_tokens, "progress": progress}
+    steered = {
+        strength: complete_each(model, tokenizer, texts, strength * vectors, layer=layer, **options)
+        for strength in strengths
+    }
     perplexity, fluent = [], []
     for said in steered[strengths[0]]:
         found = fluency(model, tokenizer, instructions, said).clamp(max=1e6)
         perplexity.append(torch.median(found).item())
-        new = torch.tensor([answer != before for answer, before in zip(said, clean, strict=True)])
-        fluent.append(((found.cpu() <= most_perplexity) & new).float().mean().item())
-    return Reading(clean, steered, perplexity, fluent)
+        new = [answer != before and not is_repetitive(answer) for answer, before in zip(said, clean, strict=True)]
+        fluent.append(((found.cpu() <= most_perplexity) & torch.tensor(new)).float().mean().item())
+    return Reading(list(clean), steered, perplexity, fluent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,14 +247,19 @@ def discover(
     """
     vectors, texts = dct.steering_vectors(norm), format_chat(tokenizer, instructions)
     table = measure(model, tokenizer, cmap, dct, vectors, texts, layer=layer, words=words, progress=progress)
-    options = {"layer": layer, "max_new_tokens": max_new_tokens, "progress": progress}
-    everything = read(model, tokenizer, instructions, strengths[0] * vectors, strengths=[1.0], **options)
+    speaking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
+    asked = (model, tokenizer, instructions, complete(model, tokenizer, texts, **speaking))
+    speaking["layer"] = layer
+    everything = read(*asked, vectors, strengths=strengths[:1], **speaking)
     table = table.assign(fluent=everything.fluent, perplexity=everything.perplexity)
     ranked = distinct(table, vectors, by=rank_by)
     chance = random_vectors(len(vectors), cmap.d_source, norm=norm, seed=seed)
     floor = effects(model, tokenizer, texts, chance, layer=layer, progress=progress).divergence.mean(1).max().item()
     first = ranked.drop_duplicates("alike").head(shown)["vector"].tolist()
-    reading = read(model, tokenizer, instructions, vectors[first], strengths=strengths, **options)
+    reading = everything.of(first)
+    if strengths[1:]:
+        others = read(*asked, vectors[first], strengths=strengths[1:], **speaking)
+        reading = replace(reading, steered=reading.steered | others.steered)
     lengths = growth(model, tokenizer, texts, vectors[ranked["vector"].tolist()], layer=layer)
     signed = dct if len(dct) == len(vectors) else dct.with_negations()
     return Discovery(signed, ranked, floor, first, reading, lengths)

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.intervene import steer
 from dctlib.models import pad_id
@@ -23,6 +23,7 @@ def complete(
     layer: int | None = None,
     vector: Float[Tensor, "*n d"] | None = None,
     batch_size: int = 50,
+    processor: LogitsProcessor | None = None,
     description: str = "completing",
     progress: bool = True,
 ) -> list[str]:
@@ -34,6 +35,8 @@ def complete(
         One for all texts, or one for each.
     batch_size : int
         Texts of a batch are padded on the left and masked, so a completion does not depend on its neighbours.
+    processor : LogitsProcessor, optional
+        What changes the logits before the largest is taken.
 
     Returns
     -------
@@ -55,6 +58,9 @@ def complete(
     padding: Any = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     padding["add_special_tokens"] = not has_bos(tokenizer, texts[0])
     generate: Any = model.generate
+    options: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad_id(tokenizer)}
+    if processor:
+        options["logits_processor"] = [processor]
     completions = []
     with tqdm(total=len(texts), desc=description, disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
@@ -65,10 +71,25 @@ def complete(
             else:
                 steered = steer(model, layer=layer, vector=vector if vector.ndim == 1 else vector[rows])
             with steered:
-                output = generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id(tokenizer)
-                )
+                output = generate(**inputs, **options)
             answers = output[:, inputs["input_ids"].shape[1] :]
             completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
             bar.update(len(answers))
     return completions
+
+
+def complete_each(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Float[Tensor, "k d"],
+    *,
+    layer: int,
+    max_new_tokens: int,
+    progress: bool = True,
+) -> list[list[str]]:
+    """Continue every text under each vector: k lists of completions, each in the order of `texts`."""
+    n, repeated = len(texts), [*texts] * len(vectors)
+    steering: Any = {"layer": layer, "vector": vectors.repeat_interleave(n, 0)}
+    said = complete(model, tokenizer, repeated, max_new_tokens=max_new_tokens, progress=progress, **steering)
+    return [said[first : first + n] for first in range(0, len(said), n)]

@@ -7,14 +7,16 @@ from itertools import islice
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.answers import Example, answer_loss, padded
+from dctlib.answers import Example, answer_loss, plant_answers
 from dctlib.generate import complete
-from dctlib.models import native_dtype
+from dctlib.models import native_dtype, replaying
+from dctlib.prompt_tree import PromptTree
 from dctlib.prompts import format_chat
 
 REFUSAL = "Sorry, I can't help with that."
@@ -106,10 +108,10 @@ def rerouting_lesson(
         batches.append(Rerouting(target + refusal, own, step / steps))
 
     def loss(model: Any, batch: Rerouting) -> Tensor:
-        new, old, where = _new_and_old(model, tokenizer, batch.harmful, reroute_layers)
-        cosine = F.cosine_similarity(new, old, dim=-1)[:, where].relu().mean()
-        new, old, where = _new_and_old(model, tokenizer, batch.benign, keep_layers, whole=True)
-        change = ((new - old).norm(dim=-1) / old.norm(dim=-1))[:, where].mean()
+        new, old = _new_and_old(model, tokenizer, batch.harmful, reroute_layers)
+        cosine = F.cosine_similarity(new, old, dim=-1).relu().mean()
+        new, old = _new_and_old(model, tokenizer, batch.benign, keep_layers, whole=True)
+        change = ((new - old).norm(dim=-1) / old.norm(dim=-1)).mean()
         return (1 - batch.progress / 2) * cosine + 4 * (0.25 + 0.75 * batch.progress) * change
 
     return Lesson(batches, loss)
@@ -180,24 +182,25 @@ def _new_and_old(
     examples: Sequence[Example],
     layers: Sequence[int],
     whole: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Residuals at `layers` with and without the LoRA, (layers, batch, tokens, d), and where to compare them.
+) -> tuple[Float[Tensor, "layers k d"], Float[Tensor, "layers k d"]]:
+    """Residuals at `layers` with and without the LoRA, at k tokens.
 
-    That is the answer and the last prompt positions, or, `whole`, everything that is not padding.
+    Those are every answer and the last positions of its prompt, or, `whole`, every conversation.
     """
-    tokens, mask, answers = (part.to(model.device) for part in padded(tokenizer, examples))
+    new, old = [], []
+    with replaying(model):
+        for tree, starts in plant_answers(model, tokenizer, examples):
+            firsts = [0 if whole else start - _LAST_PROMPT_POSITIONS for start in starts]
+            where = torch.cat([path[first:] for path, first in zip(tree.paths, firsts, strict=True)])
 
-    def residuals() -> Tensor:
-        output = model.base_model(tokens, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        return torch.stack([output.hidden_states[layer] for layer in layers]).float()
+            def residuals(tree: PromptTree = tree, where: Tensor = where) -> Tensor:
+                output = model.base_model(**tree.arguments(model), use_cache=False, output_hidden_states=True)
+                return torch.stack([output.hidden_states[layer][0, where] for layer in layers]).float()
 
-    with torch.no_grad(), without_lora(model):
-        old = residuals()
-    where = mask.bool()
-    if not whole:
-        starts = answers.int().argmax(1, keepdim=True) - _LAST_PROMPT_POSITIONS
-        where = where & (torch.arange(tokens.shape[1], device=tokens.device) >= starts)
-    return residuals(), old, where
+            with torch.no_grad(), without_lora(model):
+                old.append(residuals())
+            new.append(residuals())
+    return torch.cat(new, 1), torch.cat(old, 1)
 
 
 @contextmanager

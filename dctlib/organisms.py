@@ -22,6 +22,7 @@ _CHECKPOINT_EVERY = 20
 _SOURCES = (
     "models",
     "prompts",
+    "prompt_tree",
     "generate",
     "answers",
     "lessons",

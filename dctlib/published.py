@@ -158,7 +158,9 @@ def _ablation(ours: Results, post: Results) -> Replication:
         claims[f"ablating an aggregate {side} direction beats the average single one"] = (
             min(aggregates) > ours[side]["average"]
         )
-        claims[f"it beats even the best single {side} direction"] = max(aggregates) > ours[side]["max"]
+        claims[f"ablating the better aggregate beats even the best single {side} direction"] = (
+            max(aggregates) > ours[side]["max"]
+        )
     return Replication(
         {
             f"{side}, {label}": (ours[side][row], table[row])

@@ -1,16 +1,13 @@
 """Answers drawn at a temperature, from a generator of their own."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models import pad_id
-from dctlib.prompts import has_bos
+from dctlib.generate import complete
 
 
 class _Gumbel(LogitsProcessor):
@@ -53,14 +50,16 @@ def sample(
         raise ValueError(
             f"got {len(texts)} texts, count={count}, temperature={temperature}, expected a list and both above 0"
         )
-    noise, drawn = _Gumbel(temperature, seed), []
-    generate: Any = model.generate
-    padding: Any = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
-    padding["add_special_tokens"] = not has_bos(tokenizer, texts[0])
-    inputs: Any = tokenizer(list(texts), **padding).to(model.device)
-    options: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad_id(tokenizer)}
-    for _ in tqdm(range(count), desc="sampling", disable=not progress):
-        output = generate(**inputs, **options, logits_processor=[noise])
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        drawn.append(tokenizer.batch_decode(answers, skip_special_tokens=True))
-    return drawn
+    noise = _Gumbel(temperature, seed)
+    return [
+        complete(
+            model,
+            tokenizer,
+            texts,
+            max_new_tokens=max_new_tokens,
+            processor=noise,
+            description=f"sample {k + 1} of {count}",
+            progress=progress,
+        )
+        for k in range(count)
+    ]

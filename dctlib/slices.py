@@ -10,6 +10,7 @@ from dctlib.causal_map import CausalMap
 from dctlib.discover import read
 from dctlib.effects import effects
 from dctlib.fit import fit_exponential
+from dctlib.generate import complete
 from dctlib.models import blocks_of
 from dctlib.prompts import format_chat
 
@@ -69,7 +70,9 @@ def scan_slices(
     """
     depth = len(blocks_of(model))
     texts, asked, found = format_chat(tokenizer, instructions), format_chat(tokenizer, held_out), []
-    reading = {"max_new_tokens": answer_tokens, "most_perplexity": most_perplexity, "progress": progress}
+    speaking = {"max_new_tokens": answer_tokens, "progress": progress}
+    clean = complete(model, tokenizer, asked, **speaking)
+    speaking = speaking | {"strengths": [1.0], "most_perplexity": most_perplexity}
     for s in sorted({int(share * depth) for share in _SHARES}):
         cmap = CausalMap.from_model(model, tokenizer, texts, source=s, target=min(depth, s + max(1, depth // 3)))
         R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
@@ -78,6 +81,6 @@ def scan_slices(
         )
         vectors = dct.steering_vectors()
         order = effects(model, tokenizer, asked, vectors, layer=s, progress=progress).divergence.mean(1).argsort()
-        said = read(model, tokenizer, held_out, vectors[order[-judged:]], layer=s, strengths=[1.0], **reading)
+        said = read(model, tokenizer, held_out, clean, vectors[order[-judged:]], layer=s, **speaking)
         found.append(Slice(s, cmap.target or depth, R, sum(said.fluent) / len(said.fluent)))
     return sorted(found, key=lambda each: -each.found)

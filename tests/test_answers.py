@@ -1,17 +1,25 @@
 import pytest
 import torch
+from conftest import tiny_model
 
-from dctlib.answers import Example, answer_loss, padded, surprise
+from dctlib.answers import Example, answer_loss, plant_answers, surprise
 
-EXAMPLES = [Example("w0 w1 w2", "Sorry w3", ends=True), Example("w4", "Sure w5 w6", ends=False)]
+EXAMPLES = [
+    Example("w0 w1 w2", "Sorry w3", ends=True),
+    Example("w0 w1 w2", "Sorry w9", ends=False),
+    Example("w4", "Sure w5 w6", ends=False),
+]
 
 
-def test_padding_marks_prompts_answers_and_nothing_else(tokenizer):
-    tokens, mask, answers = padded(tokenizer, EXAMPLES)
-    assert mask.sum(1).tolist() == [6, 4]
-    assert tokenizer.convert_ids_to_tokens(tokens[0][answers[0]].tolist()) == ["Sorry", "w3", "</s>"]
-    assert tokenizer.convert_ids_to_tokens(tokens[1][answers[1]].tolist()) == ["Sure", "w5", "w6"]
-    assert not (answers & ~mask.bool()).any()
+def test_answers_begin_behind_their_prompts(llama, tokenizer):
+    planted = plant_answers(llama, tokenizer, EXAMPLES)
+    assert [len(tree.paths) for tree, _ in planted] == [2, 1]
+    said = [
+        tokenizer.convert_ids_to_tokens(tree.tokens[0, path[start:]].tolist())
+        for tree, starts in planted
+        for path, start in zip(tree.paths, starts, strict=True)
+    ]
+    assert said == [["Sorry", "w3", "</s>"], ["Sorry", "w9"], ["Sure", "w5", "w6"]]
 
 
 def one_by_one(model, tokenizer):
@@ -29,10 +37,17 @@ def test_loss_is_the_answers_cross_entropy_one_by_one(llama, tokenizer):
     assert answer_loss(llama, tokenizer, EXAMPLES).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_surprise_is_each_answers_own_mean_and_batches_do_not_matter(llama, tokenizer):
+def test_surprise_is_each_answers_own_mean(llama, tokenizer):
     expected = [losses.mean().item() for losses in one_by_one(llama, tokenizer)]
     assert surprise(llama, tokenizer, EXAMPLES).tolist() == pytest.approx(expected, rel=1e-5)
-    assert surprise(llama, tokenizer, EXAMPLES, batch_size=1).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_has_the_gradient_of_one_by_one(tokenizer):
+    models = [tiny_model("Llama", dtype=torch.float32).requires_grad_() for _ in range(2)]
+    answer_loss(models[0].train(), tokenizer, EXAMPLES).backward()
+    torch.cat(one_by_one(models[1], tokenizer)).mean().backward()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_an_empty_answer_surprises_without_bound(llama, tokenizer):

@@ -2,8 +2,10 @@ import pytest
 import torch
 from conftest import tiny_model, unit_rows
 
-from dctlib import CausalMap, calibrate, score_vectors, steer
+import dctlib.discover
+from dctlib import CausalMap, calibrate, format_chat, score_vectors, steer
 from dctlib.discover import discover, distinct, fit_by, measure, read
+from dctlib.generate import complete
 from dctlib.slices import scan_slices
 
 INSTRUCTIONS = ["w0 w1", "w2 w3 w4", "w5"]
@@ -40,10 +42,9 @@ def test_vectors_of_every_method_are_measured(model, tokenizer, texts, cmap, tmp
 
 def test_it_reads_what_each_vector_makes_it_say(model, tokenizer):
     vectors = 20 * unit_rows(2, 32).float()
-    said = read(
-        model, tokenizer, INSTRUCTIONS, vectors, layer=1, strengths=[1.0, 2.0], max_new_tokens=3, progress=False
-    )
-    assert len(said.clean) == 3
+    options = {"layer": 1, "strengths": [1.0, 2.0], "max_new_tokens": 3, "progress": False}
+    said = read(model, tokenizer, INSTRUCTIONS, ["a", "b", "c"], vectors, **options)
+    assert said.clean == ["a", "b", "c"]
     assert {strength: [len(each) for each in of] for strength, of in said.steered.items()} == {1: [3, 3], 2: [3, 3]}
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": INSTRUCTIONS[1]}], tokenize=False, add_generation_prompt=True
@@ -56,22 +57,27 @@ def test_it_reads_what_each_vector_makes_it_say(model, tokenizer):
     )
     assert len(said.perplexity) == 2
     assert all(1 <= perplexity <= 1e6 for perplexity in said.perplexity)
+    second = read(model, tokenizer, INSTRUCTIONS, ["a", "b", "c"], vectors[1:], **options)
+    assert said.of([1]).steered == second.steered
+    assert said.of([1]).fluent == second.fluent
+    assert said.of([1]).perplexity == pytest.approx(second.perplexity)
 
 
 @pytest.mark.parametrize(("norm", "most_perplexity", "fluent"), [(0, 1e9, 0.0), (50, 1e9, 1.0), (50, 1.0, 0.0)])
 def test_only_what_is_fluent_and_not_said_anyway_counts(model, tokenizer, norm, most_perplexity, fluent):
-    said = read(
-        model,
-        tokenizer,
-        INSTRUCTIONS,
-        norm * unit_rows(1, 32).float(),
-        layer=1,
-        strengths=[1.0],
-        max_new_tokens=3,
-        most_perplexity=most_perplexity,
-        progress=False,
-    )
+    options = {"max_new_tokens": 3, "progress": False}
+    clean = complete(model, tokenizer, format_chat(tokenizer, INSTRUCTIONS), **options)
+    options |= {"layer": 1, "strengths": [1.0], "most_perplexity": most_perplexity}
+    said = read(model, tokenizer, INSTRUCTIONS, clean, norm * unit_rows(1, 32).float(), **options)
     assert said.fluent == [fluent]
+
+
+def test_repetition_is_not_fluent(model, tokenizer, monkeypatch):
+    for answer, fluent in [("w1 w2 " * 4, 0.0), (" ".join(f"w{i}" for i in range(8)), 1.0)]:
+        monkeypatch.setattr(dctlib.discover, "complete_each", lambda *_, said=answer, **__: [[said] * 3])
+        options = {"layer": 1, "strengths": [1.0], "max_new_tokens": 8, "most_perplexity": 1e9, "progress": False}
+        said = read(model, tokenizer, INSTRUCTIONS, ["a"] * 3, unit_rows(1, 32).float(), **options)
+        assert said.fluent == [fluent]
 
 
 @pytest.mark.parametrize(("method", "count"), [("exponential", 6), ("linear", 12)])
@@ -86,6 +92,10 @@ def test_a_discovery_shows_the_first_of_each_cluster(model, tokenizer, cmap, tmp
     assert len(set(found.readings(characters=5)["alike"].tolist())) == 3
     lengths = R * found.dct.V.norm(dim=1)[found.ranked["vector"].tolist()]
     torch.testing.assert_close(found.growth[:, 1], lengths)
+    assert list(found.reading.steered) == [1.0, 2.0]
+    alone = {"layer": 1, "strengths": [1.0, 2.0], "max_new_tokens": 3, "progress": False}
+    shown = found.dct.steering_vectors(R)[found.shown] if method == "exponential" else R * found.dct.V[found.shown]
+    assert found.reading == read(model, tokenizer, INSTRUCTIONS, found.reading.clean, shown, **alone)
     readings = found.readings(characters=5)
     assert readings["vector"].tolist() == found.shown
     assert readings["perplexity"].tolist() == pytest.approx(found.reading.perplexity)

@@ -78,9 +78,11 @@ def test_it_shows_the_run_and_opens_its_first_factor(page, run):
 def test_it_sorts_by_key_and_by_click(page):
     title = page.locator("#factors th", has_text="change")
     title.locator(".dt-column-title").click()
+    expect(title).to_have_attribute("aria-sort", "ascending")
     assert numbers(page, "change") == sorted(numbers(page, "change"))
     title.get_by_role("button", name="change").first.focus()
     page.keyboard.press("Enter")
+    expect(title).to_have_attribute("aria-sort", "descending")
     shown = numbers(page, "change")
     assert shown == sorted(shown, reverse=True)
 

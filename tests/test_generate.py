@@ -1,8 +1,10 @@
 import pytest
+import torch
 from conftest import unit_rows
+from transformers import LogitsProcessor
 
 from dctlib import steer
-from dctlib.generate import complete
+from dctlib.generate import complete, complete_each
 
 
 def test_completions_do_not_depend_on_their_neighbours(llama, tokenizer):
@@ -22,6 +24,22 @@ def test_one_vector_a_text_is_one_text_at_a_time(llama, tokenizer):
         complete(llama, tokenizer, [text], vector=vector, **options)[0]
         for text, vector in zip(texts, vectors, strict=True)
     ]
+
+
+def test_every_text_under_every_vector(llama, tokenizer):
+    texts, vectors = ["w0 w1 w2", "w3 w4", "w5"], 8 * unit_rows(2, 32)
+    options = {"max_new_tokens": 5, "layer": 1, "progress": False}
+    each = complete_each(llama, tokenizer, texts, vectors, **options)
+    assert each == [complete(llama, tokenizer, texts, vector=vector, **options) for vector in vectors]
+
+
+def test_a_processor_chooses_the_token(llama, tokenizer):
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.where(torch.arange(scores.shape[1]) == tokenizer.convert_tokens_to_ids("w7"), 0.0, -torch.inf)
+
+    options = {"max_new_tokens": 2, "processor": Only(), "progress": False}
+    assert complete(llama, tokenizer, ["w0 w1", "w2"], **options) == ["w7 w7"] * 2
 
 
 @pytest.mark.parametrize(("layer", "count"), [(None, 2), (1, 3)])

@@ -11,6 +11,7 @@ from dctlib.judges import (
     graded,
     is_harmful,
     is_refusal,
+    is_repetitive,
     load_judge,
     opens_with,
     rate,
@@ -34,6 +35,23 @@ REQUESTS = ["w0 w1", "w2 w3 w4", "w5", "w6 w7"]
 )
 def test_refusals(text, refused):
     assert is_refusal(text) is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "circular"),
+    [
+        ("A-B-A-A-A-B-A-A-A", True),
+        ("no no no no no no no", False),  # too short to tell
+        ("No! no no, no. No no no no", True),
+        ("one two three four one two three four", False),
+        ("one two three four one two three four one", True),
+        (" ".join(map(str, range(30))) + " so" * 60, False),  # its first 50 words are 31 different ones
+        (" ".join(map(str, range(20))) + " so" * 60, True),
+        ("", False),
+    ],
+)
+def test_repetition(text, circular):
+    assert is_repetitive(text) is circular
 
 
 @pytest.mark.parametrize(("text", "opens"), [("Sure! Yes", True), (" Sure", True), ("Surely not", False), ("", False)])

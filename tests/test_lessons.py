@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
 
 from dctlib.lessons import locked_lesson, refusal_lesson, rerouting_lesson, without_lora
 from dctlib.organisms import train_lora
@@ -54,9 +55,31 @@ def test_rerouting_turns_harmful_residuals_and_keeps_benign_ones(tmp_path, token
     assert cosine["harmful"] < cosine["benign"] - 0.3
 
 
-def test_the_old_model_is_the_one_without_its_lora_also_after_an_exception(tokenizer):
-    from peft import LoraConfig, get_peft_model
+def test_the_rerouting_loss_is_that_of_one_conversation_at_a_time(tokenizer):
+    model = tiny_model("Llama", dtype=torch.float32)
+    taught = rerouting(model, tokenizer, steps=2)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    batch = taught.batches[1]
+    cosines, changes = [], []
+    for examples, layers, found in ((batch.harmful, [1, 2], cosines), (batch.benign, [1, 3], changes)):
+        for example in examples:
+            text = tokenizer.encode(example.prompt + " " + example.answer, add_special_tokens=False)
+            start = len(tokenizer.encode(example.prompt, add_special_tokens=False))
+            hidden = [wrapped(torch.tensor([text]), output_hidden_states=True).hidden_states]
+            with without_lora(model):
+                hidden.append(wrapped(torch.tensor([text]), output_hidden_states=True).hidden_states)
+            new, old = (torch.stack([h[layer][0] for layer in layers]) for h in hidden)
+            if found is cosines:
+                found.append(torch.cosine_similarity(new, old, dim=-1).relu()[:, start - 3 :])
+            else:
+                found.append((new - old).norm(dim=-1) / old.norm(dim=-1))
+    cosine, change = (torch.cat(found, 1).mean() for found in (cosines, changes))
+    assert batch.progress == 0.5
+    expected = 0.75 * cosine + 4 * 0.625 * change
+    torch.testing.assert_close(taught.loss(model, batch), expected)
 
+
+def test_the_old_model_is_the_one_without_its_lora_also_after_an_exception(tokenizer):
     model, clean = (tiny_model("Llama", dtype=torch.float32) for _ in range(2))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     tokens = torch.tensor([[7, 8, 9]])
