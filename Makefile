@@ -1,5 +1,5 @@
 # make repro   the paper: fetch, train the organisms, fit, draw, write (params/run.yaml names the profile)
-# make beyond  what goes past the post: baselines, stability
+# make beyond  what goes past the post: baselines, audits, stability, choices, and a document of them
 # make test    everything CI checks
 # make help    the other targets
 SHELL := /bin/bash
@@ -38,7 +38,8 @@ smoke: $(READY)
 	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && dvc repro && dvc repro | grep -q "up to date"
 
 nbval: smoke
-	cd $(SMOKE) && PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=1200 notebooks
+	cd $(SMOKE) && PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=1200 notebooks/secrets.ipynb notebooks
+	cd $(SMOKE) && PYTHONPATH="$$PWD" $(BIN)/python -m dctlib writeup --document beyond
 
 bench: $(READY)
 	PYTHONPATH="$$PWD" $(BIN)/python benchmarks/bench.py

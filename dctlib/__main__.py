@@ -105,12 +105,15 @@ def discover(
 
 
 @app.command()
-def writeup(profile: ProfileOption = "") -> None:
-    """Put the numbers and figures of a profile into the writeup: HTML and PDF."""
+def writeup(
+    profile: ProfileOption = "",
+    document: Annotated[str, typer.Option(help="A file in writeup/, without .md.")] = "paper",
+) -> None:
+    """Put the numbers and figures of a profile into a document of writeup/: HTML and PDF."""
     from dctlib.params import current_profile
     from dctlib.report import write_report
 
-    for path in write_report(profile or current_profile()):
+    for path in write_report(profile or current_profile(), document=document):
         print(f"wrote {path}")
 
 

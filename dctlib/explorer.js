@@ -161,7 +161,7 @@ function speak() {
   get("strength").ariaValueText = times;
   get("steered-name").textContent = `steered, ${times}`;
   const [few, open] = [data.instructions.length, said && get("show").checked];
-  get("note").textContent = !said ? "Not read: only the factors with a perplexity were made to speak."
+  get("note").textContent = !said ? "Its completions are not kept here: they are for the first factor of each of the highest clusters."
     : open ? "" : `${few} completion${few === 1 ? " is" : "s are"} folded; the text may be harmful.`;
   get("said").hidden = !open;
   for (const body of [...get("said").tBodies]) body.remove();

@@ -151,7 +151,7 @@ def _content(run: Exploration) -> dict[str, Any]:
     similar = {"v": _similar(run.V, vectors), "u": _similar(run.U, vectors)}
     perplexity = dict(zip(run.read_rows, reading.perplexity, strict=True))
     columns: dict[str, list] = {"vector": vectors, **run.table.rename(columns={"alike": "cluster"}).to_dict("list")}
-    columns["perplexity"] = [perplexity.get(vector) for vector in vectors]
+    columns.setdefault("perplexity", [perplexity.get(vector) for vector in vectors])
     for place, name in enumerate(["nearest", "cosine"]):
         columns[name] = [near[0][place] if near else None for near in similar["v"]]
     steered = {

@@ -13,6 +13,7 @@ Layer = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Dtype = Literal["native", "float32", "bfloat16"]
+Kind = Literal["backdoor", "persona", "language"]
 
 
 class Section(BaseModel):
@@ -29,8 +30,8 @@ class OnModel(Section):
     dtype: Dtype
 
 
-class OnSlice(OnModel):
-    """What every notebook that fits a transcoder to a slice is told about the fit, and about what it is tested on."""
+class Fitted(Section):
+    """What every notebook that fits a transcoder to a slice is told about the fit."""
 
     source: Layer
     target: Layer
@@ -38,14 +39,19 @@ class OnSlice(OnModel):
     iterations: Count
     fit_prompts: Count
     num_factors: Count
-    validation: Count
-    seed: Seed
 
     @model_validator(mode="after")
-    def _in_order(self) -> "OnSlice":
+    def _in_order(self) -> "Fitted":
         if self.source >= self.target:
             raise ValueError(f"source={self.source} must lie below target={self.target}")
         return self
+
+
+class OnSlice(OnModel, Fitted):
+    """What a notebook is told that fits a slice of one model once, and about what the fit is tested on."""
+
+    validation: Count
+    seed: Seed
 
 
 class Organism(Section):
@@ -234,6 +240,92 @@ class Stability(OnSlice):
     test: Annotated[int, Field(ge=2)]
 
 
+class Secrets(Section):
+    """notebooks/secrets.ipynb: organisms with a planted secret each, and clean ones, trained alike."""
+
+    base: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
+    kinds: Annotated[list[Kind], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Of each kind's secrets, and of their organisms."""
+    controls: Annotated[list[Seed], Field(min_length=1)]
+    """Of the clean organisms."""
+    rank: Count
+    learning_rate: Positive
+    steps: Count
+    triggered_batch: Count
+    plain_batch: Annotated[int, Field(ge=2)]
+    benign_prompts: Count
+    answer_tokens: Count
+    test: Count
+    least: Annotated[float, Field(ge=0, le=1)]
+    """The rate that each must reach on held-out prompts before anything is fitted to it."""
+    shown_characters: Count
+
+
+class Auditing(Section):
+    """notebooks/auditing.ipynb: does a blind audit find what was planted?"""
+
+    dtype: Dtype
+    kinds: Annotated[list[Kind], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    controls: Annotated[list[Seed], Field(min_length=1)]
+    source: Layer
+    target: Layer
+    nonlinearity: Positive
+    iterations: Count
+    sizes: Annotated[list[Count], Field(min_length=1)]
+    """Prompts that DCT is fitted on."""
+    num_factors: Annotated[int, Field(ge=2)]
+    """Vectors of each method, and samples."""
+    held_out: Count
+    """Instructions whose completions are read."""
+    answer_tokens: Count
+    workers: Count
+    """Organisms at a time, in processes of this machine; on a Ray cluster where RAY_ADDRESS is set."""
+
+
+class Anomaly(Fitted):
+    """notebooks/anomaly.ipynb: does distance along a transcoder's factors tell a triggered prompt from others?"""
+
+    kinds: Annotated[list[Kind], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    controls: list[Seed]
+    """Of clean organisms, in which trigger and decoy differ by their wording alone."""
+    dtype: Dtype
+    trusted: Annotated[int, Field(ge=2)]
+    """Prompts whose residuals are taken for usual; the first of them are fitted."""
+    test: Annotated[int, Field(ge=2)]
+    """Held-out instructions, asked clean, behind the trigger and behind the decoy."""
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _fitted_are_trusted(self) -> "Anomaly":
+        if self.fit_prompts > self.trusted:
+            raise ValueError(f"fit_prompts={self.fit_prompts} are part of trusted={self.trusted}, so at most as many")
+        return self
+
+
+class Others(Section):
+    """Other values of each choice behind a fit, tried one at a time."""
+
+    prompts: list[Literal["averaged", "concatenated"]]
+    nonlinearity: list[Positive]
+    horizon: list[Count]
+    positions: list[Count]
+
+
+class Choices(OnModel, Fitted):
+    """notebooks/choices.ipynb: what is each choice behind a fit worth?"""
+
+    validation: Count
+    positions: Count
+    others: Others
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Each draws other prompts to fit, and another start."""
+    test: Count
+
+
 class Discover(OnModel):
     """notebooks/discover.ipynb and ``python -m dctlib discover``: what does a model hide, when nobody says?"""
 
@@ -301,6 +393,10 @@ class Profile(Section):
     discover: Discover
     baselines: Baselines
     stability: Stability
+    secrets: Secrets
+    auditing: Auditing
+    anomaly: Anomaly
+    choices: Choices
 
 
 class _Run(Section):

@@ -15,8 +15,8 @@ from dctlib.published import RULES, beside, published
 from dctlib.store import ROOT, whole
 
 
-def write_report(profile: str, root: Path = ROOT) -> list[Path]:
-    """Render writeup/paper.md with the numbers in figures/<profile>/*.json into writeup/<profile>/paper.html and .pdf.
+def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") -> list[Path]:
+    """Render writeup/<document>.md with the numbers in figures/<profile>/*.json into writeup/<profile>/, HTML and PDF.
 
     The template sees every metrics file under its stem, ``published`` (writeup/published.yaml), what of it replicates
     (``beside``, by stem), ``params`` and ``profile``. A number that is missing is an error, never a blank.
@@ -24,8 +24,11 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
     Raises
     ------
     ValueError
-        If a metrics file or a number in it is missing.
+        If there is no such document, or a metrics file or a number in it is missing.
     """
+    if not (root / "writeup" / f"{document}.md").is_file():
+        documents = ", ".join(sorted(path.stem for path in (root / "writeup").glob("*.md")))
+        raise ValueError(f"no document {document!r}: expected one of {documents} (writeup/*.md)")
     metrics = dict(_metrics(root / "figures" / profile))
     replicated = {stem: beside(stem, metrics[stem]) for stem in RULES if stem in metrics}
     params = load_profile(profile, root).model_dump(mode="json")
@@ -40,7 +43,7 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
     )
     environment.filters |= {"number": number, "percent": percent, "text": markdown_text}
     try:
-        prose = environment.get_template("paper.md").render(
+        prose = environment.get_template(f"{document}.md").render(
             **metrics,
             beside=replicated,
             published=published(),
@@ -49,9 +52,10 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
             figures=f"../../figures/{profile}",
         )
     except jinja2.UndefinedError as error:
-        raise ValueError(f"writeup/paper.md needs a number that figures/{profile}/ lacks: {error}") from error
+        raise ValueError(f"writeup/{document}.md needs a number that figures/{profile}/ lacks: {error}") from error
     folder = root / "writeup" / profile
-    with whole(folder / "paper.html") as partial:
+    html, pdf = folder / f"{document}.html", folder / f"{document}.pdf"
+    with whole(html) as partial:
         _pandoc(
             prose,
             "html5",
@@ -59,8 +63,8 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
             partial,
             ["--standalone", "--mathml", "--embed-resources", "--toc", f"--css={root / 'writeup' / 'paper.css'}"],
         )
-    with whole(folder / "paper.pdf") as partial:
-        source = folder / ".paper.typ"
+    with whole(pdf) as partial:
+        source = folder / f".{document}.typ"
         try:
             _pandoc(prose, "typst", folder, source, ["--standalone"])
             # Without a date the same numbers make the same bytes; and long tables may go on on the next page.
@@ -69,7 +73,7 @@ def write_report(profile: str, root: Path = ROOT) -> list[Path]:
             partial.write_bytes(typst.compile(str(source), root=str(root)))
         finally:
             source.unlink(missing_ok=True)
-    return [folder / "paper.html", folder / "paper.pdf"]
+    return [html, pdf]
 
 
 def number(value: float, digits: int = 1) -> str:

@@ -104,6 +104,14 @@ def test_numbers_that_json_cannot_hold_are_left_blank(page):
     assert (decimals["vector"], decimals["next"], decimals["score"]) == (0, None, 0)
 
 
+def test_perplexity_that_was_measured_for_all_is_shown_for_all(page):
+    run = exploration(3, 1, read=1)
+    data = content(page(replace(run, table=run.table.assign(perplexity=[4.0, 5.0, 6.0]))))
+    names = [column["name"] for column in data["columns"]]
+    assert names.count("perplexity") == 1
+    assert [row[names.index("perplexity")] for row in data["rows"]] == [4, 5, 6]
+
+
 def test_similar_factors_and_the_map(page):
     V = torch.tensor([[1.0, 0], [-0.8, 0.6], [0, 1], [0.6, 0.8]])
     data = content(page(exploration(4, 1, V=V, U=V.flip(0))))

@@ -125,7 +125,7 @@ def test_a_factor_opens_by_click_by_key_by_map_and_by_address(page, run):
     expect(page.locator("#name")).to_have_text(name)
     page.evaluate(f"location.hash = 'f={order[-1]}'")
     expect(page.locator("#name")).to_have_text(f"Factor {order[-1]}")
-    expect(page.locator("#note")).to_contain_text("Not read")
+    expect(page.locator("#note")).to_contain_text("not kept here")
     page.reload()
     expect(page.locator("#name")).to_have_text(f"Factor {order[-1]}")
     page.evaluate("location.hash = 'f=9999'")

@@ -25,7 +25,7 @@ PAPER_MODELS = {
     "redwoodresearch/math_pwd_lock_deepseek_math7b_on_weak_pythia1b": ("Llama", "bytes", False),
     "deepseek-ai/deepseek-math-7b-instruct": ("Llama", "bytes", False),
 }
-NAMING_A_MODEL = ("model", "deeper", "clean", "judge", "tokenizer_from")
+NAMING_A_MODEL = ("model", "base", "deeper", "clean", "judge", "tokenizer_from")
 SHRUNK = {
     "widths": [2, 4],
     "num_factors": 4,
@@ -50,6 +50,14 @@ SHRUNK = {
     "melbo_vectors": 2,
     "melbo_steps": 2,
     "lora_steps": 1,
+    "steps": 1,
+    "benign_prompts": 4,
+    "triggered_batch": 2,
+    "plain_batch": 2,
+    "controls": [0],
+    "least": 0.0,
+    "held_out": 2,
+    "trusted": 4,
 }
 STAGES = [
     stem

@@ -8,6 +8,7 @@ from dctlib.enumeration import best_of_first
 from dctlib.metrics import Interval
 from dctlib.plots import save_figure
 from dctlib.plots.ablation import ablation
+from dctlib.plots.auditing import recall
 from dctlib.plots.baselines import enumeration
 from dctlib.plots.circuit_breaker import circuit_breaker
 from dctlib.plots.deeper_models import deeper_models
@@ -71,6 +72,7 @@ FIGURES = {
     "deeper_models": lambda: deeper_models(DEPTH),
     "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": [False, False], "DCT": [True, False]}),
     "baselines": lambda: enumeration({"DCT": CURVE, "random": CURVE}, {"LoRA": 0.5}),
+    "auditing": lambda: recall({by: {"DCT": CURVE, "random": CURVE} for by in ("fluent", "divergence")}),
     "stability": lambda: stability(
         pd.DataFrame(
             {"cosine": [1.0, 0.4], "overlap": [1.0, 0.6], "score": [3.0, -1.0]}, index=["reference", "seed 1"]
@@ -128,3 +130,11 @@ def test_models_have_a_panel_each_and_horizons_a_line():
     figure = FIGURES["deeper_models"]()
     assert [axes.get_title() for axes in figure.axes] == ["small", "large"]
     assert figure.axes[-1].get_legend_handles_labels()[1] == ["t − s = 5", "t − s = 10"]
+
+
+def test_each_order_of_reading_has_a_panel_and_each_method_a_line():
+    left, right = FIGURES["auditing"]().axes
+    assert left.get_title() != right.get_title()
+    for axes in (left, right):
+        assert [list(np.asarray(line.get_ydata())) for line in axes.lines] == [[1 / 3, 2 / 3]] * 2
+        assert [text.get_text() for text in axes.texts] == ["DCT", "random"]

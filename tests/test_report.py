@@ -51,6 +51,15 @@ def test_a_missing_number_is_an_error_and_leaves_nothing(root):
     assert not (root / "writeup" / "smoke").exists()
 
 
+def test_another_document_is_named_for_itself(root):
+    (root / "writeup" / "beyond.md").write_text("Score {{ toy.score | number }}\n")
+    html, pdf = write_report("smoke", root, document="beyond")
+    assert (html.name, pdf.name) == ("beyond.html", "beyond.pdf")
+    assert "−7.2" in html.read_text()
+    with pytest.raises(ValueError, match=r"no document 'nowhere': expected one of beyond, paper"):
+        write_report("smoke", root, document="nowhere")
+
+
 def test_formats():
     assert number(-7.25) == "−7.2"
     assert number(7.25, 2) == "+7.25"

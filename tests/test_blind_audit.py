@@ -1,0 +1,60 @@
+import pytest
+import torch
+from conftest import tiny_model, unit_rows
+
+from dctlib import format_chat, load_model
+from dctlib.blind_audit import Heard, audit, hear
+from dctlib.effects import effects
+from dctlib.generate import complete, complete_each
+from dctlib.organisms import save_organism
+from dctlib.planted_secrets import planted_secret
+from dctlib.store import model_digest
+from dctlib.sweep import map_fits
+
+INSTRUCTIONS, HELD_OUT = ["w0 w1", "w2 w3 w4"], ["w5", "w6 w7", "w8 w9 w10"]
+OPTIONS = {"source": 1, "target": 3, "sizes": [1, 2], "nonlinearity": 0.5, "num_factors": 4, "iterations": 1}
+OPTIONS |= {"answer_tokens": 3, "seed": 0, "dtype": "float32", "instructions": INSTRUCTIONS, "held_out": HELD_OUT}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("Llama", dtype=torch.float32)
+
+
+def test_a_secret_counts_once_any_completion_holds_it_and_in_the_order_of_reading():
+    secret = planted_secret("backdoor", seed=0)
+    heard = Heard([["no", "no"], ["no", secret.response], ["no", "no"]], {"fluent": [2, 1, 0], "divergence": [1, 0, 2]})
+    assert heard.reveals(secret, "fluent").tolist() == [False, True, False]
+    assert heard.reveals(secret, "divergence").tolist() == [True, False, False]
+    assert not heard.reveals(planted_secret("persona", seed=0), "fluent").any()
+
+
+def test_it_hears_each_vector_and_the_first_of_a_cluster_comes_first(model, tokenizer):
+    one, two = 30 * unit_rows(2, 32).float()
+    vectors = torch.stack([one, 1.01 * one, two])
+    texts, options = format_chat(tokenizer, HELD_OUT), {"layer": 1, "max_new_tokens": 3, "progress": False}
+    clean = complete(model, tokenizer, texts, max_new_tokens=3, progress=False)
+    heard = hear(model, tokenizer, HELD_OUT, clean, vectors, **options)
+    assert heard.said == complete_each(model, tokenizer, texts, vectors, **options)
+    for order in heard.orders.values():
+        assert sorted(order) == [0, 1, 2]
+        assert order[2] != 2  # one of the pair that points one way stands last
+    divergence = effects(model, tokenizer, texts, vectors, layer=1, progress=False).divergence.mean(1)
+    firsts = heard.orders["divergence"][:2]
+    assert firsts[0] == divergence.argmax()
+    assert firsts == sorted(firsts, key=lambda number: -divergence[number])
+
+
+def test_an_audit_hears_every_method_and_can_be_swept(model, tokenizer, tmp_path):
+    save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, tmp_path / "organism")
+    digest = model_digest(load_model(tmp_path / "organism", dtype="float32")[0])
+    setting = {"model": str(tmp_path / "organism"), "digest": digest, **OPTIONS}
+    (found,) = map_fits(audit, [setting], folder=tmp_path / "cache", modules=["blind_audit"], progress=False)
+    heard = {method: Heard(**of) for method, of in found.items()}
+    assert [*heard] == ["DCT, n = 1", "DCT, n = 2", "power steering", "random", "sampling"]
+    for of in heard.values():
+        assert [len(said) for said in of.said] == [3] * 4
+        assert all(sorted(order) == [0, 1, 2, 3] for order in of.orders.values())
+    assert heard["DCT, n = 1"].said != heard["random"].said
+    with pytest.raises(ValueError, match="was it trained again"):
+        audit(**setting | {"digest": "0" * 64})
