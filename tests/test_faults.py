@@ -145,7 +145,7 @@ def fitted(tmp_path):
         return fit_exponential(cmap, input_scale=2.0, iterations=2, progress=False, **settings)
 
     def remembered_fit():
-        return remembered(tmp_path, fit, cmap, num_factors=4)
+        return remembered(tmp_path, fit, cmap, num_factors=4)  # pyright: ignore[reportArgumentType]
 
     dct = remembered_fit()
     (path,) = tmp_path.iterdir()

@@ -98,9 +98,9 @@ def test_what_a_task_raises_is_raised_here(cluster, tmp_path):
 
 
 def test_workers_for_which_no_node_has_room_are_named(cluster, tmp_path):
-    for options in ({"threads": 2}, {"gpus": 1}):
+    for threads, gpus in ((2, 0), (1, 1)):
         with pytest.raises(ValueError, match="1 CPUs and 0 GPUs, 1 CPUs and 0 GPUs; ask for fewer"):
-            map_fits(fails, SEEDS, folder=tmp_path, modules=[], progress=False, **options)
+            map_fits(fails, SEEDS, folder=tmp_path, modules=[], threads=threads, gpus=gpus, progress=False)
 
 
 def test_a_node_that_is_lost_changes_no_result(cluster, sweep):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import psutil
@@ -104,11 +106,33 @@ def test_a_setting_the_task_and_the_modules_are_what_a_result_depends_on(sweep):
 
 
 def test_a_worker_that_is_killed_is_started_again_and_changes_no_result(sweep):
-    with pytest.raises(RuntimeError, match=r"process of dies_at_first\(calls=.*, seed=-1\) died 2 times"):
-        sweep(dies_at_first, [*SEEDS, {"seed": -1}], workers=2, threads=1, attempts=2)
-    parallel = sweep(dies_at_first, SEEDS)
+    parallel = sweep(dies_at_first, SEEDS, workers=2, threads=1)
     assert parallel == [{"third": seed / 3, "threads": 1} for seed in range(4)]
-    assert calls_of(sweep) == ["0", "1", "1", "2", "3", "_1", "_1"]
+    assert calls_of(sweep) == ["0", "1", "1", "2", "3"]
+
+
+class Dying:
+    """In place of a worker: it is dead before it takes a task of seed −1."""
+
+    def submit(self, file, task, threads, setting):
+        if setting["seed"] == -1:
+            raise BrokenProcessPool
+        done = Future()
+        done.set_result(file(task, threads, setting))
+        return done
+
+    def shutdown(self):
+        pass
+
+
+def test_a_task_that_kills_every_worker_is_named_and_the_others_are_kept(sweep, monkeypatch):
+    started = []
+    monkeypatch.setattr("dctlib.sweep._process", lambda: started.append(1) or Dying())
+    with pytest.raises(RuntimeError, match=r"process of number\(calls=.*, seed=-1\) died 3 times"):
+        sweep(number, [SEEDS[0], {"seed": -1}], workers=2)
+    assert len(started) == 2 + 3
+    assert sweep(number, SEEDS[:1]) == [{"seed": 0, "values": [0.0, "é"]}]
+    assert calls_of(sweep) == ["0"]
 
 
 def test_a_killed_driver_takes_its_workers_with_it_and_goes_on_where_it_was(sweep):
