@@ -10,7 +10,7 @@ SMOKE := build/smoke
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro beyond test lint unit smoke nbval bench docs notebook lock clean help
+.PHONY: repro beyond test test-all lint unit smoke nbval bench docs notebook lock clean help
 
 repro: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro
@@ -27,6 +27,10 @@ lint: $(READY)
 
 unit: $(READY)
 	$(BIN)/pytest
+
+# For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first) and 10,000 inputs a loader.
+test-all: test
+	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow"
 
 # The whole pipeline at smoke size, in a copy of this tree, so that neither params/run.yaml nor dvc.lock here changes.
 smoke: $(READY)
@@ -69,6 +73,7 @@ clean:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make test-all   that, and what takes too long for CI: Ray, 10,000 inputs a loader"
 	@echo "make smoke   the whole pipeline at smoke size, in build/smoke"
 	@echo "make bench   what the engine costs here, into benchmarks/results/"
 	@echo "make docs    the API reference, into build/docs/"

@@ -257,6 +257,9 @@ class Secrets(Section):
     plain_batch: Annotated[int, Field(ge=2)]
     benign_prompts: Count
     answer_tokens: Count
+    """Of its own words that an organism learns to go on saying."""
+    spoken_tokens: Count
+    """Of what it is made to say on held-out instructions: enough to tell a language."""
     test: Count
     least: Annotated[float, Field(ge=0, le=1)]
     """The rate that each must reach on held-out prompts before anything is fitted to it."""
