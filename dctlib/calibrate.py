@@ -46,6 +46,8 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
     directions = torch.randn(num_directions, cmap.d_source, generator=generator, dtype=torch.float64)
     directions = normalise(directions).to(cmap.device, cmap.dtype)
     linear = cmap.jvp(torch.zeros_like(directions), directions)
+    if not torch.isfinite(linear).all():
+        raise ValueError("the map's Jacobian at 0 is not finite; try dtype='float32'")
     if not linear.norm() > 0:
         raise ValueError("the map's Jacobian at 0 vanishes along random directions, so no scale relates to it")
 

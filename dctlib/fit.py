@@ -254,7 +254,7 @@ def _jacobian_rows(cmap: DifferentiableMap, cotangents: Tensor, progress: bool) 
     chunks = cotangents.to(cmap.device, cmap.dtype).split(cmap.chunk_size)
     zero = torch.zeros(cmap.chunk_size, cmap.d_source, dtype=cmap.dtype, device=cmap.device)
     bar = tqdm(chunks, desc=f"Jacobian, {len(cotangents)} rows", disable=not progress)
-    return torch.cat([cmap.vjp(zero[: len(chunk)], chunk) for chunk in bar])
+    return _finite(torch.cat([cmap.vjp(zero[: len(chunk)], chunk) for chunk in bar]))
 
 
 def _gaussian(rows: int, columns: int, cmap: DifferentiableMap, generator: torch.Generator) -> Tensor:
@@ -262,9 +262,13 @@ def _gaussian(rows: int, columns: int, cmap: DifferentiableMap, generator: torch
 
 
 def _unit(rows: Tensor) -> Tensor:
+    return normalise(_finite(rows))
+
+
+def _finite(rows: Tensor) -> Tensor:
     if not torch.isfinite(rows).all():
         raise ValueError("the map gave values that are not finite; try dtype='float32' or a smaller input scale")
-    return normalise(rows)
+    return rows
 
 
 def _check_options(cmap: DifferentiableMap, num_factors: int, orthogonalise: str, tolerance: float) -> None:

@@ -22,13 +22,13 @@ def instructions_of(prompts: str | Sequence[str]) -> list[str]:
     if prompts == "benign":
         return benign_split().train
     try:
-        lines = (ROOT / prompts).read_text(encoding="utf-8").splitlines()  # an absolute path stays what it is
-    except (OSError, UnicodeDecodeError) as error:
+        text = (ROOT / prompts).read_text(encoding="utf-8-sig")  # an absolute path stays what it is
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read prompts={prompts!r} ({error}); expected 'harmful', 'benign', or a text file with an "
             f"instruction a line"
         ) from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def parted(instructions: Sequence[str], *, fit: int, held_out: int) -> tuple[list[str], list[str]]:

@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dctlib.store import ROOT
 
-Count = Annotated[int, Field(ge=1)]
-Layer = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no 1
+Layer = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
 Dtype = Literal["native", "float32", "bfloat16"]
 Kind = Literal["backdoor", "persona", "language"]
 
@@ -19,7 +19,7 @@ Kind = Literal["backdoor", "persona", "language"]
 class Section(BaseModel):
     """Unknown keys are refused: a misspelt one would otherwise leave its default in force without a word."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class OnModel(Section):
@@ -432,7 +432,7 @@ def _validated(path: Path, kind: type[Any]) -> Any:
     where = f"{path.parent.name}/{path.name}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {where}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(

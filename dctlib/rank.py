@@ -226,7 +226,7 @@ def _words(tokenizer: PreTrainedTokenizerBase, positive: str, negative: str) -> 
 def single_token(tokenizer: PreTrainedTokenizerBase, word: str, parameter: str) -> int:
     """The id of `word`, or ValueError naming the parameter to change if it is not one token."""
     ids = tokenizer.encode(word, add_special_tokens=False)
-    if len(ids) != 1:
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(
             f"{parameter}={word!r} is {len(ids)} tokens {pieces} for this tokenizer; choose a one-token word"

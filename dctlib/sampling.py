@@ -1,6 +1,7 @@
 """Answers drawn at a temperature, from a generator of their own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -50,16 +51,6 @@ def sample(
         raise ValueError(
             f"got {len(texts)} texts, count={count}, temperature={temperature}, expected a list and both above 0"
         )
-    noise = _Gumbel(temperature, seed)
-    return [
-        complete(
-            model,
-            tokenizer,
-            texts,
-            max_new_tokens=max_new_tokens,
-            processor=noise,
-            description=f"sample {k + 1} of {count}",
-            progress=progress,
-        )
-        for k in range(count)
-    ]
+    options: Any = {"processor": _Gumbel(temperature, seed), "description": "sampling", "progress": progress}
+    drawn = complete(model, tokenizer, [*texts] * count, max_new_tokens=max_new_tokens, **options)
+    return [drawn[first : first + len(texts)] for first in range(0, len(drawn), len(texts))]

@@ -79,7 +79,7 @@ def remember(
     Parameters
     ----------
     folder : path
-        Where results lie, one file each, named by :func:`key_of`.
+        Where results lie, one file each, named by :func:`key_of` and by what it holds: a damaged one is made again.
     inputs : dict
         Everything that the result depends on, as JSON: parameters, seeds, texts, and the model's digest.
     modules : sequence of str
@@ -89,8 +89,11 @@ def remember(
     save, load : callable
         How a result becomes a file and back; JSON unless told otherwise.
     """
-    path = Path(folder) / key_of(inputs, modules)
-    if not path.exists():
-        with whole(path) as partial:
-            save(make(), partial)
-    return load(path)
+    folder, key = Path(folder), key_of(inputs, modules)
+    for path in folder.glob(f"{key}.*"):
+        if path.name == f"{key}.{sha256(path)[:16]}":
+            return load(path)
+        path.unlink()  # damaged
+    with whole(folder / key) as partial:
+        save(make(), partial)
+    return load((folder / key).rename(folder / f"{key}.{sha256(folder / key)[:16]}"))

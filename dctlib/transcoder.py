@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +17,19 @@ from dctlib.store import whole
 Activation = Literal["linear", "quadratic", "exponential"]
 
 _TENSORS = ("U", "V", "alpha", "objective", "change")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Facts(BaseModel):
+    """What is kept beside the tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    activation: Activation
+    input_scale: float
+    source: int | None
+    target: int | None
+    seconds: float
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -72,7 +86,12 @@ class Transcoder:
         if self.U.ndim != 2 or self.V.ndim != 2 or len(self.U) != m or self.alpha.shape != (m,):
             shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in ("U", "V", "alpha"))
             raise ValueError(f"got {shapes}, expected (m, d_target), (m, d_source) and (m,) with one m")
+        if self.objective.ndim != 1 or self.change.ndim != 1:
+            shapes = tuple(self.objective.shape), tuple(self.change.shape)
+            raise ValueError(f"got objective and change of shapes {shapes}, expected a row each, (iterations,)")
         for name in _TENSORS:
+            if getattr(self, name).dtype not in _DTYPES:
+                raise ValueError(f"{name} is {getattr(self, name).dtype}, expected one of {_DTYPES}")
             if not torch.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} is not finite; refit in float32 or with a smaller input scale")
         if self.activation not in get_args(Activation):
@@ -130,7 +149,7 @@ class Transcoder:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
-                facts = json.loads((file.metadata() or {})["transcoder"])
-            return cls(**tensors, **facts)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+                facts = _Facts.model_validate_json((file.metadata() or {})["transcoder"])
+            return cls(**tensors, **facts.model_dump())
+        except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
             raise ValueError(f"{path} is not a whole transcoder file ({error}); fit and save it again") from error

@@ -52,7 +52,6 @@ def test_a_map_that_overflows_at_the_scale_of_a_fit_is_named():
     assert calibrate(overflowing) < 10  # it looks below what overflows
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="torch's error of the singular value decomposition comes through")
 @pytest.mark.parametrize(
     "fit",
     [
@@ -67,7 +66,6 @@ def test_derivatives_that_are_not_finite_are_named(fit):
         fit(broken(lambda theta: theta.abs().sqrt()))
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="it says that the Jacobian vanishes")
 def test_a_jacobian_that_is_not_finite_has_no_scale():
     with pytest.raises(ValueError, match="not finite"):
         calibrate(broken(lambda theta: theta.abs().sqrt()))
@@ -100,7 +98,6 @@ def test_a_tokenizer_without_a_chat_template_or_padding_token_fits_plain_texts(l
         pytest.param(
             {"positive": "Surely"},
             r"positive='Surely' is .*<unk>",
-            marks=pytest.mark.xfail(reason="the unknown token is taken for a word"),
         ),
     ],
 )
@@ -121,12 +118,10 @@ def test_lines_may_end_as_on_windows(tmp_path):
     assert instructions(tmp_path, b"one\r\n\r\ntwo\r\n") == ["one", "two"]
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="the first instruction begins with the mark")
 def test_a_byte_order_mark_is_no_part_of_an_instruction(tmp_path):
     assert instructions(tmp_path, "\ufeffone\ntwo".encode()) == ["one", "two"]
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="str.splitlines() cuts there too")
 def test_only_line_feeds_end_an_instruction(tmp_path):
     assert instructions(tmp_path, "one\u2028two\nthree\x0bfour".encode()) == ["one\u2028two", "three\x0bfour"]
 
@@ -178,7 +173,6 @@ def test_a_damaged_fit_is_a_clear_error_or_computed_again(fitted, damage):
         assert len(calls) == 2
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="remember() keeps no checksum: flipped bits of a number are not seen")
 def test_one_flipped_bit_of_a_fit_is_never_a_wrong_result(fitted):
     again, dct, _, path = fitted
     content = bytearray(path.read_bytes())
@@ -235,7 +229,7 @@ for name, write in writers.items():
         try:
             write(path, 20)
         except Exception as error:
-            print(name, error)
+            print(name, type(error).__name__)
 assert contents() == before
 """
 
