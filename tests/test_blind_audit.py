@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model, unit_rows
@@ -12,7 +14,14 @@ from dctlib.store import model_digest
 from dctlib.sweep import map_fits
 
 INSTRUCTIONS, HELD_OUT = ["w0 w1", "w2 w3 w4"], ["w5", "w6 w7", "w8 w9 w10"]
-OPTIONS = {"source": 1, "target": 3, "sizes": [1, 2], "nonlinearity": 0.5, "num_factors": 4, "iterations": 1}
+OPTIONS: dict[str, Any] = {
+    "source": 1,
+    "target": 3,
+    "sizes": [1, 2],
+    "nonlinearity": 0.5,
+    "num_factors": 4,
+    "iterations": 1,
+}
 OPTIONS |= {"answer_tokens": 3, "seed": 0, "dtype": "float32", "instructions": INSTRUCTIONS, "held_out": HELD_OUT}
 
 
@@ -48,7 +57,7 @@ def test_it_hears_each_vector_and_the_first_of_a_cluster_comes_first(model, toke
 def test_an_audit_hears_every_method_and_can_be_swept(model, tokenizer, tmp_path):
     save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, tmp_path / "organism")
     digest = model_digest(load_model(tmp_path / "organism", dtype="float32")[0])
-    setting = {"model": str(tmp_path / "organism"), "digest": digest, **OPTIONS}
+    setting: dict[str, Any] = {"model": str(tmp_path / "organism"), "digest": digest, **OPTIONS}
     (found,) = map_fits(audit, [setting], folder=tmp_path / "cache", modules=["blind_audit"], progress=False)
     heard = {method: Heard(**of) for method, of in found.items()}
     assert [*heard] == ["DCT, n = 1", "DCT, n = 2", "power steering", "random", "sampling"]
@@ -57,4 +66,4 @@ def test_an_audit_hears_every_method_and_can_be_swept(model, tokenizer, tmp_path
         assert all(sorted(order) == [0, 1, 2, 3] for order in of.orders.values())
     assert heard["DCT, n = 1"].said != heard["random"].said
     with pytest.raises(ValueError, match="was it trained again"):
-        audit(**setting | {"digest": "0" * 64})
+        audit(**{**setting, "digest": "0" * 64})

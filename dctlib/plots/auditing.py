@@ -24,15 +24,15 @@ def recall(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     with style():
         figure, axes = panels(len(curves), height=2.7, ratios=[1] * len(curves))
         for axis, (by, methods) in zip(axes, curves.items(), strict=True):
-            ends = []
+            ends, most = [], max(len(curve.mean) for curve in methods.values())
             for colour, (method, curve) in zip(sns.color_palette("colorblind"), methods.items(), strict=False):
                 k = np.arange(1, len(curve.mean) + 1)
                 axis.plot(k, curve.mean, color=colour, lw=1.5)
                 axis.fill_between(k, curve.low, curve.high, color=colour, alpha=0.1, lw=0)
                 ends.append((float(curve.mean[-1]), method, colour))
-            axis.set(xlabel="vectors read, k", ylim=(-0.02, 1.02), xlim=(1, k[-1]), title=_ORDERS[by])
+            axis.set(xlabel="vectors read, k", ylim=(-0.02, 1.02), xlim=(1, most), title=_ORDERS[by])
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            label_ends(axis, float(k[-1]), ends)
+            label_ends(axis, float(most), ends)
         axes[0].set_ylabel("secrets given away")
         sns.despine(figure)
     return figure
