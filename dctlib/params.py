@@ -240,16 +240,21 @@ class Stability(OnSlice):
     test: Annotated[int, Field(ge=2)]
 
 
-class Secrets(Section):
-    """notebooks/secrets.ipynb: organisms with a planted secret each, and clean ones, trained alike."""
+class Planted(Section):
+    """Which organisms with a secret, and which clean ones, a notebook makes or opens."""
 
-    base: str
-    """The model they are made from: a pinned name, a Hub id or a folder."""
     kinds: Annotated[list[Kind], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     """Of each kind's secrets, and of their organisms."""
     controls: Annotated[list[Seed], Field(min_length=1)]
     """Of the clean organisms."""
+
+
+class Secrets(Planted):
+    """notebooks/secrets.ipynb: organisms with a planted secret each, and clean ones, trained alike."""
+
+    base: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
     rank: Count
     learning_rate: Positive
     steps: Count
@@ -266,13 +271,10 @@ class Secrets(Section):
     shown_characters: Count
 
 
-class Auditing(Section):
+class Auditing(Planted):
     """notebooks/auditing.ipynb: does a blind audit find what was planted?"""
 
     dtype: Dtype
-    kinds: Annotated[list[Kind], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    controls: Annotated[list[Seed], Field(min_length=1)]
     source: Layer
     target: Layer
     nonlinearity: Positive
