@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -112,16 +113,19 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
     finally:
         for handle in handles:
             handle.remove()
-    return Capture([path.to(hidden[0].device) for path in tree.paths], hidden[0], calls)
+    return Capture(tree.paths, hidden[0], calls)
 
 
 def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tensor:
-    """Run the captured slice with θ_l added to h_s at every position: (m, d) → (m, tokens, d)."""
-    hidden = capture.hidden + theta.to(capture.hidden.dtype)[:, None]
+    """Run the captured slice with θ_l added to h_s at every position: (m, d) → (m, tokens, d).
+
+    Blocks may lie on several devices, where accelerate's hooks move what they are given; the result lies with h_s.
+    """
+    hidden = capture.hidden + theta.to(capture.hidden)[:, None]
     for block, (args, kwargs) in zip(blocks, capture.calls, strict=True):
         output = block(hidden, *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-    return hidden
+    return hidden.to(capture.hidden.device)
 
 
 class CausalMap(DifferentiableMap):
@@ -223,6 +227,21 @@ class CausalMap(DifferentiableMap):
             digest.update(str([path.tolist() for path in captured.paths]).encode())
             digest.update(captured.hidden.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def second_derivative(self, v: Tensor, w: Tensor) -> Tensor:
+        self._check_nothing_is_offloaded()
+        return super().second_derivative(v, w)
+
+    def second_derivative_vjp(self, u: Tensor, v: Tensor) -> Tensor:
+        self._check_nothing_is_offloaded()
+        return super().second_derivative_vjp(u, v)
+
+    def _check_nothing_is_offloaded(self) -> None:
+        if any(has_offloaded_params(module) for block in self._blocks for module in block.modules()):
+            raise ValueError(
+                "the slice's blocks are offloaded in part, and second derivatives (quadratic "
+                "fits) cannot fetch weights; free device memory, or fit exponential or linear factors"
+            )
 
     def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
         def term(captured: Capture) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -79,7 +80,7 @@ class DifferentiableMap(ABC):
         self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]
     ) -> Float[Tensor, "m d_target"]:
         """J(θ_l) v_l, by forward-mode differentiation."""
-        return self._sum_over_terms(_directional, theta=theta, tangent=tangent)
+        return self._sum_over_terms(_dual, theta=theta, tangent=tangent)
 
     def second_derivative(
         self, v: Float[Tensor, "m d_source"], w: Float[Tensor, "m d_source"]
@@ -148,6 +149,13 @@ class DifferentiableMap(ABC):
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
+
+
+def _dual(function: Callable[[Tensor], Tensor], theta: Tensor, tangent: Tensor) -> Tensor:
+    """A directional derivative that cannot be nested, but inside which accelerate can fetch offloaded weights."""
+    with forward_ad.dual_level():
+        value, derivative = forward_ad.unpack_dual(function(forward_ad.make_dual(theta, tangent)))
+        return torch.zeros_like(value) if derivative is None else derivative
 
 
 def _directional(function: Callable[[Tensor], Tensor], theta: Tensor, tangent: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -35,7 +36,8 @@ def load_model(
         working directory or to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``.
         Remote code is never run.
     device : str or torch.device, optional
-        CUDA where there is one, otherwise the CPU.
+        CUDA where there is one, otherwise the CPU. ``"auto"``, for a model that no GPU holds, spreads its blocks over
+        all of them, and over main memory what is left (accelerate's ``device_map``).
     dtype : str or torch.dtype, optional
         ``"float32"``, ``"bfloat16"``, ``"float64"``, or ``"native"``: bfloat16 where the device multiplies it in
         hardware (CUDA, and CPUs with AMX or AVX-512 BF16), float32 elsewhere. Left out, bfloat16 on CUDA and
@@ -53,12 +55,14 @@ def load_model(
     ValueError
         If `name` is none of these, or `dtype` is unknown.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    device = torch.device(best if spread or device is None else device)
     source, revision = _located(name)
     spoken = _tokenizer(*_located(tokenizer)) if tokenizer else _tokenizer(source, revision)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device), **revision)
-    model = model.to(device).eval().requires_grad_(False)
-    return model, spoken
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device), **revision, **spread)
+    model = model if spread else model.to(device)
+    return model.eval().requires_grad_(False), spoken
 
 
 def _located(name: str | Path) -> tuple[str, dict[str, str]]:
@@ -226,8 +230,11 @@ def logits_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
     """
     head: Any = model.get_output_embeddings()
     hidden = final_norm_of(model)(hidden)
-    bias = None if getattr(head, "bias", None) is None else head.bias[tokens]
-    logits = nn.functional.linear(hidden, head.weight[tokens], bias).float()
+    with align_module_device(head):  # its weight is used without calling it, which would fetch an offloaded one
+        rows, bias = tokens.to(head.weight.device), getattr(head, "bias", None)
+        weight = head.weight[rows].to(hidden.device)
+        bias = None if bias is None else bias[rows].to(hidden.device)
+    logits = nn.functional.linear(hidden, weight, bias).float()
     config = model.config.get_text_config()
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)

@@ -37,7 +37,7 @@ class ShardedMap(DifferentiableMap):
     cpus : int
         Of each actor, which are its threads.
     gpus : float
-        Of each actor, 1 for a map on GPUs.
+        Of each actor, 1 for a map on GPUs; more where one does not hold the slice, whose blocks are then spread.
     ray : str
         The cluster, as :func:`dctlib.cluster.connected` takes it.
 
@@ -75,7 +75,7 @@ class ShardedMap(DifferentiableMap):
                 f"got shards={shards} of {cpus} CPUs and {gpus:g} GPUs, expected 1 to {most} on this cluster"
             )
         where = {"source": source, "target": target, "positions": positions}
-        loading = {"dtype": dtype, "device": "cuda" if gpus else "cpu"}
+        loading = {"dtype": dtype, "device": "auto" if gpus > 1 else "cuda" if gpus else "cpu"}
         resources = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
         actor = self._ray.remote(_Shard).options(**resources, max_restarts=3, max_task_retries=3)
         self._shards = [actor.remote(model, list(texts), where, loading, cpus) for _ in range(shards)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 Result = TypeVar("Result")
@@ -50,9 +51,12 @@ def sha256(path: str | Path) -> str:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters: two models share it only if they compute the same thing."""
     digest = hashlib.sha256(repr(model).encode())
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module):  # a weight that is offloaded is fetched
+            digest.update(getattr(module, leaf).detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
