@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,19 +24,8 @@ class ConcatenatedMap(CausalMap):
     stream: there is nothing to ablate.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        captures: Sequence[Capture],
-        *,
-        source: int,
-        target: int,
-        positions: int,
-        chunk_size: int | None,
-        memory: float | None,
-    ):
-        options = {"positions": positions, "chunk_size": chunk_size, "memory": memory}
-        super().__init__(model, captures, source=source, target=target, **options)
+    def __init__(self, model: PreTrainedModel, captures: Sequence[Capture], **options: Any):
+        super().__init__(model, captures, **options)
         self.d_target = len(self.tokens) * self.d_source
 
     @cached_property

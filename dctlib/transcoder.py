@@ -132,7 +132,8 @@ class Transcoder:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        copies = {"memory_format": torch.contiguous_format}  # safetensors refuses tensors that share memory
+        tensors = {name: getattr(self, name).detach().cpu().clone(**copies) for name in _TENSORS}
         facts = {name: getattr(self, name) for name in ("activation", "input_scale", "source", "target", "seconds")}
         with whole(path) as partial:
             save_file(tensors, partial, metadata={"transcoder": json.dumps(facts)})
