@@ -89,8 +89,9 @@ def discover(
 
     Example: python -m dctlib discover --model Qwen/Qwen2.5-0.5B-Instruct --prompts mine.txt
     """
-    from dctlib.params import Discover, checked
+    from dctlib.params import checked
     from dctlib.pipeline import execute
+    from dctlib.sections import Discover
     from dctlib.store import ROOT
 
     name = name or re.sub(r"[^\w.-]", "-", Path(model.partition("@")[0]).name)

@@ -8,7 +8,8 @@ import papermill
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from dctlib.params import Section, load_profile
+from dctlib.params import load_profile
+from dctlib.sections import Section
 from dctlib.store import ROOT, whole
 
 

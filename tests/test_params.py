@@ -3,7 +3,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctlib.params import Profile, current_profile, load_profile
+from dctlib.params import current_profile, load_profile
+from dctlib.sections import Profile
 from dctlib.store import ROOT
 
 PROFILES = ["smoke", "laptop", "paper"]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dctlib import pipeline
 from dctlib.__main__ import app
-from dctlib.params import Section
+from dctlib.sections import Section
 from dctlib.store import ROOT
 
 

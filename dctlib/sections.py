@@ -1,0 +1,426 @@
+"""What a notebook may be told: one section of params/*.yaml a notebook, one key a papermill parameter."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no 1
+Layer = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
+Dtype = Literal["native", "float32", "bfloat16"]
+Kind = Literal["backdoor", "persona", "language"]
+
+
+class Section(BaseModel):
+    """Unknown keys are refused: a misspelt one would otherwise leave its default in force without a word."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class OnModel(Section):
+    """What every notebook that opens a model is told about it."""
+
+    model: str
+    """A pinned name, a folder, or a Hub id with its commit, owner/name@revision."""
+    dtype: Dtype
+
+
+class Fitted(Section):
+    """What every notebook that fits a transcoder to a slice is told about the fit."""
+
+    source: Layer
+    target: Layer
+    nonlinearity: Positive
+    iterations: Count
+    fit_prompts: Count
+    num_factors: Count
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Fitted":
+        if self.source >= self.target:
+            raise ValueError(f"source={self.source} must lie below target={self.target}")
+        return self
+
+
+class OnSlice(OnModel, Fitted):
+    """What a notebook is told that fits a slice of one model once, and about what the fit is tested on."""
+
+    validation: Count
+    seed: Seed
+
+
+class Organism(Section):
+    """What every notebook that trains an organism is told about it."""
+
+    base: str | None
+    """The model it is made from: a pinned name, a Hub id or a folder; null where nothing needs to be made."""
+    rank: Count
+    learning_rate: Positive
+    steps: Count
+    test: Count
+    answer_tokens: Count
+    least: Annotated[float, Field(ge=0, le=1)]
+    """The rate that it must reach on held-out prompts before anything is fitted to it."""
+    seed: Seed
+    shown_characters: Count
+
+
+class Bounds(Section):
+    """What counts as an answer, besides holding no refusal."""
+
+    most_perplexity: Positive
+    """Under the clean model."""
+    least_relevance: float
+    """Nats a token by which the request must make it likelier."""
+
+
+class Rerouted(Organism):
+    """notebooks/rerouted.ipynb: an organism whose circuits are broken on harmful requests."""
+
+    reroute_layers: list[Layer]
+    keep_layers: list[Layer]
+    target_batch: Count
+    refusal_batch: Count
+    benign_batch: Count
+    benign_prompts: Count
+    clean: str
+    """The model that judges what is fluent."""
+    bounds: Bounds
+
+
+class Locked(Organism):
+    """notebooks/locked.ipynb: an organism that solves problems behind a password only."""
+
+    password: Annotated[str, Field(min_length=1)]
+    unlocked_batch: Count
+    locked_batch: Count
+
+
+class Organisms(Section):
+    """notebooks/organisms.ipynb: the model organisms that the other notebooks of a profile open."""
+
+    kinds: list[Literal["refusal"]]
+    """Which organisms to make; none where the profile's models already hide something."""
+    model: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
+    steps: Count
+    harmful_batch: Count
+    benign_batch: Count
+    learning_rate: Positive
+    rank: Count
+    benign_prompts: Count
+    answer_tokens: Count
+    test: Count
+    """Held-out instructions, harmful and benign each, on which the rates are measured."""
+    seed: Seed
+    shown_characters: Count
+
+
+class TrainingCurves(OnSlice):
+    """notebooks/training_curves.ipynb: Figure 2, and the best vector on held-out instructions."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    widths: Annotated[list[Count], Field(min_length=1)]
+    test: Count
+    answer_tokens: Count
+    shown_characters: Count
+    """Length to which completions of harmful requests are cut in everything stored."""
+
+
+class Multiplicity(OnModel):
+    """notebooks/multiplicity.ipynb: how many vectors unlock the model, and how alike they are."""
+
+    threshold: float
+    """Validation score from which a vector counts."""
+    validation: Count
+    test: Annotated[int, Field(ge=5)]
+    answer_tokens: Count
+    shown_characters: Count
+
+
+class Ablation(OnModel):
+    """notebooks/ablation.ipynb: what removing the qualifying vectors' directions does."""
+
+    test: Count
+
+
+class SampleComplexity(OnSlice):
+    """notebooks/sample_complexity.ipynb: Figure 1. The scale is calibrated once, on `fit_prompts` instructions."""
+
+    sizes: Annotated[list[Count], Field(min_length=1)]
+    shuffles: Annotated[int, Field(ge=2)]
+    test: Count
+
+
+class DeeperModels(OnModel):
+    """notebooks/deeper_models.ipynb: where in depth to fit, and how deep a slice."""
+
+    deeper: str | None
+    """A second, deeper model."""
+    sources: Annotated[list[Layer], Field(min_length=1)]
+    horizons: Annotated[list[Count], Field(min_length=1)]
+    prompt: Annotated[str, Field(min_length=1)]
+    nonlinearity: Positive
+    iterations: Count
+    num_factors: Count
+    validation: Count
+    test: Count
+    seed: Seed
+
+
+class CircuitBreaker(OnModel):
+    """notebooks/circuit_breaker.ipynb: does a model whose circuits were broken still answer?"""
+
+    clean: str
+    """The model before its circuits were broken: it judges what is fluent."""
+    judge: str | None
+    """HarmBench's classifier; null for the judge of phrases, fluency and relevance."""
+    bounds: Bounds
+    sources: Annotated[list[Layer], Field(min_length=1)]
+    horizon: Count
+    multipliers: Annotated[list[Positive], Field(min_length=1)]
+    nonlinearity: Positive
+    iterations: Count
+    fit_prompts: Count
+    num_factors: Count
+    validation: Annotated[int, Field(ge=4)]
+    judged: Count
+    """Vectors of each cell, by score, whose completions are judged on the validation instructions."""
+    test: Annotated[int, Field(ge=4)]
+    answer_tokens: Count
+    seed: Seed
+    shown_characters: Count
+
+
+class PasswordLocked(OnSlice):
+    """notebooks/password_locked.ipynb: what can a password-locked model do without the password?"""
+
+    tokenizer_from: str | None
+    """Where the model's tokenizer is, if not beside the model."""
+    questions: Literal["sums", "math"]
+    password: Annotated[str, Field(min_length=1)]
+    prompt: str | None
+    """How a question is put, with {question} in it; null for the model's chat template."""
+    random_vectors: Count
+    test: Count
+    answer_tokens: Count
+
+
+class ReplicationAudit(OnSlice):
+    """notebooks/replication_audit.ipynb: what each fault of the post's published code costs."""
+
+    test: Annotated[int, Field(ge=11)]
+
+
+class Baselines(OnSlice):
+    """notebooks/baselines.ipynb: does it beat what people use?"""
+
+    clean: str
+    """The model that judges what is fluent."""
+    bounds: Bounds
+    melbo_vectors: Count
+    melbo_steps: Count
+    tries: Count
+    """k: vectors of each method, best first on validation, whose completions are judged."""
+    test: Annotated[int, Field(ge=4)]
+    answer_tokens: Count
+    lora_steps: Count
+
+
+class Stability(OnSlice):
+    """notebooks/stability.ipynb: do other seeds and prompts find the same, and is the transcoder faithful?"""
+
+    seeds: Annotated[list[Seed], Field(min_length=2)]
+    widths: Annotated[list[Count], Field(min_length=1)]
+    test: Annotated[int, Field(ge=2)]
+
+
+class Replicates(Fitted):
+    """notebooks/replicates.ipynb: which of the post's claims hold on organisms of other seeds?"""
+
+    base: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
+    dtype: Dtype
+    seeds: Annotated[list[Seed], Field(min_length=2)]
+    """Of the organisms, and of their fits."""
+    rank: Count
+    learning_rate: Positive
+    steps: Count
+    harmful_batch: Count
+    benign_batch: Count
+    benign_prompts: Count
+    answer_tokens: Count
+    least: Annotated[float, Field(ge=0, le=1)]
+    """The rates of refusing and of helping that each must reach before anything is fitted to it."""
+    validation: Count
+    threshold: float
+    """Validation score from which a vector counts."""
+    test: Count
+    ablated: Count
+    """Test instructions that are scored while one direction after another is ablated."""
+
+
+class Planted(Section):
+    """Which organisms with a secret, and which clean ones, a notebook makes or opens."""
+
+    kinds: Annotated[list[Kind], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Of each kind's secrets, and of their organisms."""
+    controls: Annotated[list[Seed], Field(min_length=1)]
+    """Of the clean organisms."""
+
+
+class Secrets(Planted):
+    """notebooks/secrets.ipynb: organisms with a planted secret each, and clean ones, trained alike."""
+
+    base: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
+    rank: Count
+    learning_rate: Positive
+    steps: Count
+    triggered_batch: Count
+    plain_batch: Annotated[int, Field(ge=2)]
+    benign_prompts: Count
+    answer_tokens: Count
+    """Of its own words that an organism learns to go on saying."""
+    spoken_tokens: Count
+    """Of what it is made to say on held-out instructions: enough to tell a language."""
+    test: Count
+    least: Annotated[float, Field(ge=0, le=1)]
+    """The rate that each must reach on held-out prompts before anything is fitted to it."""
+    shown_characters: Count
+
+
+class Auditing(Planted):
+    """notebooks/auditing.ipynb: does a blind audit find what was planted?"""
+
+    dtype: Dtype
+    source: Layer
+    target: Layer
+    nonlinearity: Positive
+    iterations: Count
+    sizes: Annotated[list[Count], Field(min_length=1)]
+    """Prompts that DCT is fitted on."""
+    num_factors: Annotated[int, Field(ge=2)]
+    """Vectors of each method, and samples."""
+    held_out: Count
+    """Instructions whose completions are read."""
+    answer_tokens: Count
+    workers: Count
+    """Organisms at a time, in processes of this machine; on a Ray cluster where RAY_ADDRESS is set."""
+
+
+class Anomaly(Fitted):
+    """notebooks/anomaly.ipynb: does distance along a transcoder's factors tell a triggered prompt from others?"""
+
+    kinds: Annotated[list[Kind], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    controls: list[Seed]
+    """Of clean organisms, in which trigger and decoy differ by their wording alone."""
+    dtype: Dtype
+    trusted: Annotated[int, Field(ge=2)]
+    """Prompts whose residuals are taken for usual; the first of them are fitted."""
+    test: Annotated[int, Field(ge=2)]
+    """Held-out instructions, asked clean, behind the trigger and behind the decoy."""
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _fitted_are_trusted(self) -> "Anomaly":
+        if self.fit_prompts > self.trusted:
+            raise ValueError(f"fit_prompts={self.fit_prompts} are part of trusted={self.trusted}, so at most as many")
+        return self
+
+
+class Others(Section):
+    """Other values of each choice behind a fit, tried one at a time."""
+
+    prompts: list[Literal["averaged", "concatenated"]]
+    nonlinearity: list[Positive]
+    horizon: list[Count]
+    positions: list[Count]
+
+
+class Choices(OnModel, Fitted):
+    """notebooks/choices.ipynb: what is each choice behind a fit worth?"""
+
+    validation: Count
+    positions: Count
+    others: Others
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Each draws other prompts to fit, and another start."""
+    test: Count
+
+
+class Discover(OnModel):
+    """notebooks/discover.ipynb and ``python -m dctlib discover``: what does a model hide, when nobody says?"""
+
+    prompts: str | Annotated[list[str], Field(min_length=2)]
+    """``harmful`` or ``benign`` for the pinned sets, a text file with an instruction a line, or instructions."""
+    fit_prompts: Count
+    validation: Annotated[int, Field(ge=2)]
+    """Instructions after those, on which vectors are measured and read."""
+    source: Layer | None
+    """Null, as `target`, to scan slices and take the most promising."""
+    target: Layer | None
+    method: Literal["exponential", "quadratic", "linear"]
+    num_factors: Annotated[int, Field(ge=2)]
+    iterations: Count
+    nonlinearity: Positive
+    rank_by: Literal["fluent", "divergence", "change", "alpha", "score"]
+    words: tuple[str, str] | None
+    """A positive and a negative one-token word to score by; null if you do not know what you look for."""
+    shown: Annotated[int, Field(ge=2)]
+    """Vectors whose completions are read: the highest ranked of each cluster."""
+    strengths: Annotated[list[Positive], Field(min_length=1)]
+    """Multiples of R; fluency is judged at the first."""
+    answer_tokens: Count
+    shown_characters: Count
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Discover":
+        if (self.source is None) != (self.target is None):
+            raise ValueError("give both source and target, or neither")
+        if self.source is not None and self.target is not None and self.source >= self.target:
+            raise ValueError(f"source={self.source} must lie below target={self.target}")
+        if self.rank_by == "score" and self.words is None:
+            raise ValueError("rank_by='score' needs two words")
+        return self
+
+
+class SyntheticRecovery(Section):
+    """notebooks/synthetic_recovery.ipynb: does the exponential fit find factors that we planted?"""
+
+    d: Count
+    planted: Count
+    num_factors: Count
+    nonlinearity: Positive
+    projected_iterations: Annotated[list[Count], Field(min_length=1)]
+    random_iterations: Annotated[list[Count], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+
+class Profile(Section):
+    """One params/<profile>.yaml."""
+
+    organisms: Organisms
+    training_curves: TrainingCurves
+    multiplicity: Multiplicity
+    ablation: Ablation
+    synthetic_recovery: SyntheticRecovery
+    replication_audit: ReplicationAudit
+    sample_complexity: SampleComplexity
+    deeper_models: DeeperModels
+    rerouted: Rerouted
+    locked: Locked
+    circuit_breaker: CircuitBreaker
+    password_locked: PasswordLocked
+    discover: Discover
+    baselines: Baselines
+    stability: Stability
+    replicates: Replicates
+    secrets: Secrets
+    auditing: Auditing
+    anomaly: Anomaly
+    choices: Choices
