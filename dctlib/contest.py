@@ -17,10 +17,11 @@ from dctlib.differentiable_map import DifferentiableMap
 from dctlib.fit import fit_exponential
 from dctlib.generate import complete, complete_each
 from dctlib.intervene import ablate
-from dctlib.lessons import Lesson, epochs
+from dctlib.lessons import REFUSAL, Lesson, epochs
 from dctlib.melbo import melbo, power_steering
 from dctlib.models import load_model
 from dctlib.organisms import make_organism
+from dctlib.orthogonalise import normalise
 from dctlib.pass_counter import PassCounter
 from dctlib.prompts import format_chat
 from dctlib.rank import score_vectors
@@ -129,34 +130,52 @@ def judged(judge: Judge, requests: Sequence[str], tries: Sequence[Sequence[str]]
 def told(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[str],
-    judge: Judge,
+    rows: Sequence[Mapping[str, str]],
+    benign: Sequence[str],
     *,
-    towards: Sequence[str],
-    away: Sequence[str],
     layer: int,
     norm: float,
-    max_new_tokens: int,
-) -> tuple[Float[Tensor, " d"], dict[str, Bool[Tensor, "1 n"]]]:
-    """Verdicts of the difference of means (Arditi et al. 2024) added at `layer` with length `norm`, and ablated.
+) -> dict[str, Float[Tensor, " d"]]:
+    """Vectors of length `norm` that only a supervised method can know: it is told which texts are of which kind.
 
     Parameters
     ----------
-    towards, away : sequence of str
-        Instructions of the two kinds, which only a supervised method is told apart.
+    rows : sequence of mapping
+        Harmful requests, each a ``goal`` with the ``target`` that a compliant answer opens with.
+    benign : sequence of str
+        Other instructions.
 
     Returns
     -------
-    vector, verdicts
-        What is added, and the name of each way → whether it gets each request answered.
+    dict
+        ``means, added``: of benign less harmful requests (Arditi et al. 2024); ``CAA, added``: of the same requests
+        with the compliant answer less those with a refusal, at the answer's last token (Rimsky et al. 2024).
     """
-    contrast = [format_chat(tokenizer, part) for part in (towards, away)]
-    mean = difference_of_means(model, tokenizer, *contrast, layer=layer)
-    vector = norm * mean / mean.norm()
-    added = successes(model, tokenizer, requests, vector[None], judge, layer=layer, max_new_tokens=max_new_tokens)
-    with ablate(model, mean):
+    asked = format_chat(tokenizer, [row["goal"] for row in rows])
+    complied = [text + row["target"] for text, row in zip(asked, rows, strict=True)]
+    contrasts = {
+        "means, added": (format_chat(tokenizer, benign), asked),
+        "CAA, added": (complied, [text + REFUSAL for text in asked]),
+    }
+    return {
+        name: norm * normalise(difference_of_means(model, tokenizer, *sides, layer=layer)[None])[0]
+        for name, sides in contrasts.items()
+    }
+
+
+def without(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    direction: Float[Tensor, " d"],
+    judge: Judge,
+    *,
+    max_new_tokens: int,
+) -> Bool[Tensor, "1 n"]:
+    """Whether the model answers each request when `direction` is ablated from every residual (Arditi et al. 2024)."""
+    with ablate(model, direction):
         said = complete(model, tokenizer, format_chat(tokenizer, requests), max_new_tokens=max_new_tokens)
-    return vector, {"means, added": added, "means, ablated": judged(judge, requests, [said])}
+    return judged(judge, requests, [said])
 
 
 def taught(

@@ -6,8 +6,9 @@ from conftest import tiny_model, unit_rows
 
 from dctlib import CausalMap, ablate, calibrate, format_chat, score_vectors
 from dctlib.baselines import difference_of_means
-from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, unsupervised
+from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, unsupervised, without
 from dctlib.generate import complete
+from dctlib.lessons import REFUSAL
 
 REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
 D = 32
@@ -58,19 +59,26 @@ def test_success_is_what_the_judge_says_of_each_vector_and_request(model, tokeni
         assert row.tolist() == judge(REQUESTS, complete(model, tokenizer, texts, vector=vector, **options))
 
 
-def test_told_adds_the_difference_of_means_and_ablates_it(model, tokenizer):
-    sides = {"towards": ["w6 w7", "w8"], "away": ["w9", "w10 w11"]}
-    vector, verdicts = told(model, tokenizer, REQUESTS, judge, **sides, layer=1, norm=5.0, max_new_tokens=6)
-    mean = difference_of_means(model, tokenizer, *(format_chat(tokenizer, of) for of in sides.values()), layer=1)
-    torch.testing.assert_close(vector, 5 * mean / mean.norm())
-    texts = format_chat(tokenizer, REQUESTS)
-    with ablate(model, mean):
-        ablated = judge(REQUESTS, complete(model, tokenizer, texts, max_new_tokens=6))
-    added = judge(REQUESTS, complete(model, tokenizer, texts, max_new_tokens=6, layer=1, vector=vector))
-    assert {name: of.tolist() for name, of in verdicts.items()} == {
-        "means, added": [added],
-        "means, ablated": [ablated],
+def test_told_contrasts_kinds_of_request_and_kinds_of_answer(model, tokenizer):
+    rows = [{"goal": "w9", "target": "w1 w2"}, {"goal": "w10 w11", "target": "w3"}]
+    vectors = told(model, tokenizer, rows, ["w6 w7", "w8"], layer=1, norm=5.0)
+    asked = format_chat(tokenizer, ["w9", "w10 w11"])
+    sides = {
+        "means, added": (format_chat(tokenizer, ["w6 w7", "w8"]), asked),
+        "CAA, added": ([asked[0] + "w1 w2", asked[1] + "w3"], [text + REFUSAL for text in asked]),
     }
+    assert list(vectors) == list(sides)
+    for name, contrast in sides.items():
+        mean = difference_of_means(model, tokenizer, *contrast, layer=1)
+        torch.testing.assert_close(vectors[name], 5 * mean / mean.norm())
+
+
+def test_what_is_said_without_a_direction_is_judged(model, tokenizer):
+    direction = unit_rows(1, D)[0].float()
+    with ablate(model, direction):
+        said = complete(model, tokenizer, format_chat(tokenizer, REQUESTS), max_new_tokens=6)
+    found = without(model, tokenizer, REQUESTS, 3 * direction, judge, max_new_tokens=6)
+    assert found.tolist() == [judge(REQUESTS, said)]
 
 
 def test_samples_are_judged_one_try_a_row(model, tokenizer):
