@@ -16,6 +16,7 @@ from dctlib.plots.discover import ranked_vectors
 from dctlib.plots.multiplicity import multiplicity
 from dctlib.plots.organisms import losses
 from dctlib.plots.password_locked import password_locked
+from dctlib.plots.replicates import replicates
 from dctlib.plots.replication_audit import faults
 from dctlib.plots.sample_complexity import sample_complexity
 from dctlib.plots.stability import stability
@@ -73,6 +74,7 @@ FIGURES = {
     "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": [False, False], "DCT": [True, False]}),
     "baselines": lambda: enumeration({"DCT": CURVE, "random": CURVE}, {"LoRA": 0.5}),
     "auditing": lambda: recall({by: {"DCT": CURVE, "random": CURVE} for by in ("fluent", "divergence")}),
+    "replicates": lambda: replicates({"added": {"best": [3.0, 5.0], "mean": [1.0, 2.0]}, "ablated": {"v": [0.0, 1.0]}}),
     "stability": lambda: stability(
         pd.DataFrame(
             {"cosine": [1.0, 0.4], "overlap": [1.0, 0.6], "score": [3.0, -1.0]}, index=["reference", "seed 1"]
@@ -138,3 +140,11 @@ def test_each_order_of_reading_has_a_panel_and_each_method_a_line():
     for axes in (left, right):
         assert [list(np.asarray(line.get_ydata())) for line in axes.lines] == [[1 / 3, 2 / 3]] * 2
         assert [text.get_text() for text in axes.texts] == ["DCT", "random"]
+
+
+def test_every_organism_is_a_dot_and_their_mean_a_bar():
+    left, right = FIGURES["replicates"]().axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["best", "mean"]
+    assert list(np.asarray(left.lines[0].get_xdata())) == [3.0, 5.0]
+    assert [float(np.asarray(of.get_paths()[0].vertices)[0, 0]) for of in left.collections] == [4.0, 1.5]
+    assert right.get_title() == "ablated"
