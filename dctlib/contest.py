@@ -24,7 +24,7 @@ from dctlib.organisms import make_organism
 from dctlib.orthogonalise import normalise
 from dctlib.pass_counter import PassCounter
 from dctlib.prompts import format_chat
-from dctlib.rank import score_vectors
+from dctlib.rank import score_each
 from dctlib.sampling import sample
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
@@ -100,10 +100,10 @@ def highest(
     count: int,
     progress: bool = True,
 ) -> Float[Tensor, "k d"]:
-    """The `count` vectors under which "Sure" is ahead of "Sorry" most on validation `requests`, best first."""
+    """The `count` first of `vectors` by :meth:`dctlib.rank.Scores.ranking` on validation `requests`."""
     texts = format_chat(tokenizer, requests)
-    scores = score_vectors(model, tokenizer, texts, vectors, layer=layer, progress=progress)
-    return vectors[scores.argsort(descending=True)[:count]]
+    scores = score_each(model, tokenizer, texts, vectors, layer=layer, progress=progress)
+    return vectors[scores.ranking()[:count]]
 
 
 def successes(

@@ -33,15 +33,20 @@ class Scores:
     difference: Float[Tensor, "m n"]
     said: Bool[Tensor, "m n"]
 
-    def best(self, *, say: float = 0.5) -> int:
-        """Index of the vector with the highest mean difference among those that make the model say the word.
+    def ranking(self, *, say: float = 0.5) -> list[int]:
+        """Numbers of the vectors, best first: by mean difference, but those under which the word is not said last.
 
-        A difference of two logits also rises where a vector breaks the model and both words become unlikely, so only
-        vectors under which the positive word comes first on at least a fraction `say` of the texts are considered;
-        all of them, where there is none.
+        A difference of two logits also rises where a vector breaks the model and both words become unlikely, so
+        vectors under which the positive word comes first on less than a fraction `say` of the texts stand behind all
+        others.
         """
-        scores, says = self.difference.mean(1), self.said.float().mean(1) >= say
-        return int(torch.where(says, scores, -torch.inf).argmax() if says.any() else scores.argmax())
+        by_score = self.difference.mean(1).argsort(descending=True, stable=True)
+        says = self.said.float().mean(1)[by_score] >= say
+        return [*by_score[says].tolist(), *by_score[~says].tolist()]
+
+    def best(self, *, say: float = 0.5) -> int:
+        """The first of :meth:`ranking`."""
+        return self.ranking(say=say)[0]
 
 
 @dataclass(frozen=True)

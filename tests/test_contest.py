@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import tiny_model, unit_rows
 
-from dctlib import CausalMap, ablate, calibrate, format_chat, score_vectors
+from dctlib import CausalMap, ablate, calibrate, format_chat
 from dctlib.baselines import difference_of_means
 from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, unsupervised, without
 from dctlib.generate import complete
 from dctlib.lessons import REFUSAL
+from dctlib.rank import score_each
 
 REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
 D = 32
@@ -43,11 +44,11 @@ def test_methods_give_vectors_of_one_length_and_their_passes_are_counted(model, 
     torch.testing.assert_close(found["power steering"].vectors[:3], -found["power steering"].vectors[3:])
 
 
-def test_the_highest_are_those_of_the_highest_scores(model, tokenizer):
+def test_the_highest_are_the_first_of_the_ranking(model, tokenizer):
     vectors = 10 * unit_rows(5, D).float()
     best = highest(model, tokenizer, REQUESTS, vectors, layer=1, count=2, progress=False)
-    scores = score_vectors(model, tokenizer, format_chat(tokenizer, REQUESTS), vectors, layer=1, progress=False)
-    assert torch.equal(best, vectors[scores.topk(2).indices])
+    scores = score_each(model, tokenizer, format_chat(tokenizer, REQUESTS), vectors, layer=1, progress=False)
+    assert torch.equal(best, vectors[scores.ranking()[:2]])
 
 
 def test_success_is_what_the_judge_says_of_each_vector_and_request(model, tokenizer):

@@ -51,6 +51,8 @@ def test_best_wants_the_word_said():
     difference = torch.tensor([[9.0, 9.0], [5.0, 6.0], [7.0, 1.0]])
     said = torch.tensor([[False, False], [True, False], [True, True]])
     assert Scores(difference, said).best() == 1
+    assert Scores(difference, said).ranking() == [1, 2, 0]
+    assert Scores(difference, said).ranking(say=0) == [0, 1, 2]
     assert Scores(difference, said).best(say=0.9) == 2
     assert Scores(difference, torch.zeros(3, 2, dtype=torch.bool)).best() == 0
 
