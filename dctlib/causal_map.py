@@ -1,6 +1,7 @@
 """The causal map Δ(θ): add θ to the residual stream at a source layer, measure the change at a target layer."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,14 +72,17 @@ class Capture:
 
     Attributes
     ----------
+    tokens : Tensor, (1, tokens)
+        Their ids; what some prompts share is there once.
     paths : list of Tensor, (t,)
-        For every prompt, where its tokens are in `hidden`, first to last.
+        For every prompt, where its tokens are, first to last.
     hidden : Tensor, (1, tokens, d)
         The residual stream at the input of the first block of the slice.
     calls : list of (args, kwargs)
         What the model passed to each block besides the residual: masks, rotary embeddings, positions.
     """
 
+    tokens: Tensor
     paths: list[Tensor]
     hidden: Tensor
     calls: list[tuple[tuple, dict[str, Any]]]
@@ -113,7 +117,7 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
     finally:
         for handle in handles:
             handle.remove()
-    return Capture(tree.paths, hidden[0], calls)
+    return Capture(tree.tokens, tree.paths, hidden[0], calls)
 
 
 def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tensor:
@@ -221,11 +225,15 @@ class CausalMap(DifferentiableMap):
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all that the map depends on: weights, prompts (by their residuals), slice and positions."""
+        """A hash of all that the map depends on: weights, configuration, the prompts' tokens, slice and positions.
+
+        Not residuals, whose last bits depend on the number of threads.
+        """
+        config = {k: v for k, v in self._model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
         digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for captured in self._captures:
-            digest.update(str([path.tolist() for path in captured.paths]).encode())
-            digest.update(captured.hidden.cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(str([captured.tokens[0, path].tolist() for path in captured.paths]).encode())
         return digest.hexdigest()
 
     def second_derivative(self, v: Tensor, w: Tensor) -> Tensor:

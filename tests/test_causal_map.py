@@ -187,10 +187,28 @@ def test_the_digest_sees_weights_prompts_slice_and_positions(tokenizer, texts):
     def digest(model, texts=texts, source=1, target=3, positions=3):
         return CausalMap.from_model(model, tokenizer, texts, source=source, target=target, positions=positions).digest
 
-    model, moved = tiny_model("Llama"), tiny_model("Llama")
+    model, moved, told = tiny_model("Llama"), tiny_model("Llama"), tiny_model("Llama")
     with torch.no_grad():
         moved.model.layers[3].mlp.down_proj.weight[0, 0] += 1e-9
+    told.config.rope_parameters["rope_theta"] = 5.0
     same = digest(model)
     assert digest(model) == same
-    others = [digest(moved), digest(model, texts[:2]), digest(model, target=4), digest(model, positions=2)]
-    assert len({same, *others}) == 5
+    others = [
+        digest(moved),
+        digest(told),
+        digest(model, texts[:2]),
+        digest(model, target=4),
+        digest(model, positions=2),
+    ]
+    assert len({same, *others}) == 6
+
+
+def test_the_digest_does_not_depend_on_threads(tokenizer, texts):
+    model, threads, found = tiny_model("Llama", dtype=torch.float32), torch.get_num_threads(), set()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.add(CausalMap.from_model(model, tokenizer, texts, source=1, target=3).digest)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
