@@ -97,13 +97,9 @@ class Locked(Organism):
     locked_batch: Count
 
 
-class Organisms(Section):
-    """notebooks/organisms.ipynb: the model organisms that the other notebooks of a profile open."""
+class Refusing(Section):
+    """What every notebook that teaches a model to refuse is told about the lesson."""
 
-    kinds: list[Literal["refusal"]]
-    """Which organisms to make; none where the profile's models already hide something."""
-    model: str
-    """The model they are made from: a pinned name, a Hub id or a folder."""
     steps: Count
     harmful_batch: Count
     benign_batch: Count
@@ -111,6 +107,15 @@ class Organisms(Section):
     rank: Count
     benign_prompts: Count
     answer_tokens: Count
+
+
+class Organisms(Refusing):
+    """notebooks/organisms.ipynb: the model organisms that the other notebooks of a profile open."""
+
+    kinds: list[Literal["refusal"]]
+    """Which organisms to make; none where the profile's models already hide something."""
+    model: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
     test: Count
     """Held-out instructions, harmful and benign each, on which the rates are measured."""
     seed: Seed
@@ -236,7 +241,7 @@ class Stability(OnSlice):
     test: Annotated[int, Field(ge=2)]
 
 
-class Replicates(Fitted):
+class Replicates(Fitted, Refusing):
     """notebooks/replicates.ipynb: which of the post's claims hold on organisms of other seeds?"""
 
     base: str
@@ -244,13 +249,6 @@ class Replicates(Fitted):
     dtype: Dtype
     seeds: Annotated[list[Seed], Field(min_length=2)]
     """Of the organisms, and of their fits."""
-    rank: Count
-    learning_rate: Positive
-    steps: Count
-    harmful_batch: Count
-    benign_batch: Count
-    benign_prompts: Count
-    answer_tokens: Count
     least: Annotated[float, Field(ge=0, le=1)]
     """The rates of refusing and of helping that each must reach before anything is fitted to it."""
     validation: Count
