@@ -1,7 +1,7 @@
 """Greedy completions of many prompts."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from jaxtyping import Float
@@ -70,12 +70,27 @@ def complete(
                 steered = nullcontext()
             else:
                 steered = steer(model, layer=layer, vector=vector if vector.ndim == 1 else vector[rows])
-            with steered:
+            with steered, _contiguous_head(model):
                 output = generate(**inputs, **options)
             answers = output[:, inputs["input_ids"].shape[1] :]
             completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
             bar.update(len(answers))
     return completions
+
+
+@contextmanager
+def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Copy the last position's residuals before the output head reads them.
+
+    They come as a view with strides, for which torch's matmul on a CPU copies the head's weights once for every row:
+    gigabytes, and half the time of a short completion.
+    """
+    head: Any = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def complete_each(

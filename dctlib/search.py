@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.generate import complete
+from dctlib.generate import complete_each
 from dctlib.judges import rate
 from dctlib.prompts import format_chat
 from dctlib.rank import score_each
@@ -55,17 +55,13 @@ def finalists(
     for multiplier in multipliers:
         everything = multiplier * torch.cat(list(candidates.values()))
         scores = score_each(model, tokenizer, texts, everything, layer=layer, progress=progress).difference.mean(1)
-        parts = zip(candidates, everything.split([len(v) for v in candidates.values()]), strict=True)
-        first = 0
-        for method, vectors in parts:
-            own = scores[first : first + len(vectors)]
-            first += len(vectors)
-            for i in own.argsort(descending=True)[:count].tolist():
-                options = {"layer": layer, "vector": vectors[i], "max_new_tokens": max_new_tokens}
-                said = complete(model, tokenizer, texts, **options, description=method, progress=progress)
-                found.append(
-                    Finalist(method, layer, multiplier, vectors[i], own[i].item(), rate(judge(requests, said)))
-                )
+        sizes, chosen = [len(vectors) for vectors in candidates.values()], []
+        for method, vectors, own in zip(candidates, everything.split(sizes), scores.split(sizes), strict=True):
+            chosen += [(method, vectors[i], own[i].item()) for i in own.argsort(descending=True)[:count].tolist()]
+        options = {"layer": layer, "max_new_tokens": max_new_tokens, "progress": progress}
+        said = complete_each(model, tokenizer, texts, torch.stack([vector for _, vector, _ in chosen]), **options)
+        for (method, vector, score), answers in zip(chosen, said, strict=True):
+            found.append(Finalist(method, layer, multiplier, vector, score, rate(judge(requests, answers))))
     return found
 
 

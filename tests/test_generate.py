@@ -48,6 +48,23 @@ def test_vectors_need_a_layer_and_a_text_each(llama, tokenizer, layer, count):
         complete(llama, tokenizer, ["w0", "w1"], max_new_tokens=2, layer=layer, vector=unit_rows(count, 32))
 
 
+def test_the_head_reads_contiguous_rows_and_is_left_as_it_was(llama, tokenizer):
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise KeyError("inside the context")
+
+    head, strided = llama.get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda module, args, output: strided.append(not args[0].is_contiguous()))
+    try:
+        complete(llama, tokenizer, ["w0 w1 w2", "w3"], max_new_tokens=2, progress=False)
+        assert strided and not any(strided)
+        with pytest.raises(KeyError, match="inside the context"):
+            complete(llama, tokenizer, ["w0"], max_new_tokens=2, processor=Fails(), progress=False)
+    finally:
+        handle.remove()
+    assert not head._forward_pre_hooks
+
+
 def test_steering_is_the_context_and_is_gone_afterwards(llama, tokenizer):
     texts, vector = ["w0 w1 w2", "w3 w4"], 8 * unit_rows(1, 32)[0]
     options = {"max_new_tokens": 6, "progress": False}

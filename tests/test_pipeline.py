@@ -57,6 +57,13 @@ def test_a_failed_notebook_is_kept_for_reading_and_not_taken_for_a_whole_one(roo
     assert sorted(p.name for p in (folder / "runs" / "mine").iterdir()) == ["toy.html", "toy.ipynb"]
 
 
+def test_a_kernel_keeps_large_blocks_of_memory_unless_the_user_says_otherwise(root, monkeypatch):
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    folder = root("import os; print(os.environ['MALLOC_TOP_PAD_'], os.environ['MALLOC_MMAP_THRESHOLD_'])")
+    printed = nbformat.read(pipeline.run_notebook("toy", "mine", folder), as_version=4).cells[-1].outputs
+    assert [o.text for o in printed] == [f"1 {2**32}\n"]
+
+
 def test_an_unknown_notebook_is_named(root):
     with pytest.raises(ValueError, match="no section nothing"):
         pipeline.run_notebook("nothing", "mine", root("1"))
