@@ -22,6 +22,7 @@ from dctlib import CausalMap, format_chat, load_model, score_vectors, steer
 from dctlib.baselines import random_vectors
 from dctlib.causal_map import capture, replay
 from dctlib.fit import fit_exponential
+from dctlib.generate import complete
 from dctlib.models import blocks_of, quiet, replaying, width_of
 from dctlib.prompt_tree import plant
 from dctlib.prompts import tokenize
@@ -158,10 +159,19 @@ def main() -> None:
     loop = seconds(lambda: looped_scores(model, tokenizer, texts, vectors[:8]), 1) / 8
     scoring = seconds(lambda: score_vectors(model, tokenizer, texts, vectors, layer=SOURCE, progress=False), 1) / rows
     result["scoring_against_steered_passes"] = loop / scoring
+    fifty = (texts * 13)[:50]
+    padded = tokenizer(fifty, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    greedy = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    plain = seconds(lambda: model.generate(**padded.to(device), **greedy), 1)
+    completing = seconds(lambda: complete(model, tokenizer, fifty, max_new_tokens=20, progress=False), 1)
+    result["completing_against_generate"] = plain / completing
     if device == "cpu":  # last: it turns the model into float32
         theta, u = (random_vectors(32, d, norm=norm, seed=0) for norm in (20.0, 1.0))
-        peer = straightforward(model, tokenizer, text)
-        result["speed_against_torch_func_float32"] = seconds(lambda: peer(theta, u)) / 32 / (ours / rows)
+        one, *others = (straightforward(model, tokenizer, text) for text in texts)
+        alone, rest = (seconds(lambda peers=peers: [peer(theta, u) for peer in peers]) for peers in ([one], others))
+        four = result["seconds_by_prompts"][4] / (rows // 4)
+        result["speed_against_torch_func_float32"] = alone / 32 / (ours / rows)
+        result["on_four_prompts"] = (alone + rest) / 32 / four
     folder = Path(__file__).parent / "results"
     write_json(folder / f"{device}.json", result)
     with whole(folder / f"{device}.md") as partial:

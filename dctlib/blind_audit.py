@@ -18,11 +18,10 @@ from dctlib.effects import effects
 from dctlib.fit import fit_exponential
 from dctlib.generate import complete
 from dctlib.melbo import power_steering
-from dctlib.models import load_model
+from dctlib.pinned_model import open_pinned
 from dctlib.planted_secrets import Secret
 from dctlib.prompts import format_chat
 from dctlib.sampling import sample
-from dctlib.store import model_digest
 
 _ORDERS = ("fluent", "divergence")
 
@@ -51,10 +50,10 @@ class Heard:
 def audit(
     model: str,
     digest: str,
+    dtype: str,
     instructions: Sequence[str],
     held_out: Sequence[str],
     *,
-    dtype: str,
     source: int,
     target: int,
     sizes: Sequence[int],
@@ -72,8 +71,8 @@ def audit(
 
     Parameters
     ----------
-    model, digest : str
-        What :func:`dctlib.load_model` takes, and the :func:`dctlib.store.model_digest` of what it gives.
+    model, digest, dtype : str
+        See :func:`dctlib.pinned_model.pin`.
     instructions, held_out : sequence of str
         User turns, in no chat format: those that are fitted, and those that are completed.
 
@@ -81,15 +80,8 @@ def audit(
     -------
     dict
         Method → the fields of :class:`Heard`.
-
-    Raises
-    ------
-    ValueError
-        If the model is not the one with that digest.
     """
-    organism, tokenizer = load_model(model, dtype=dtype)
-    if (found := model_digest(organism)) != digest:
-        raise ValueError(f"{model} has digest {found[:12]}…, expected {digest[:12]}…: was it trained again?")
+    organism, tokenizer = open_pinned(model, digest, dtype)
     texts, asked = (format_chat(tokenizer, part) for part in (instructions, held_out))
     at: dict[str, Any] = {"source": source, "target": target}
     maps = {n: CausalMap.from_model(organism, tokenizer, texts[:n], **at) for n in sizes}

@@ -72,6 +72,22 @@ def hessian_error(
     return _relative(dct.input_scale**2 * cmap.second_derivative(v, w), fitted)
 
 
+def median_errors(
+    cmap: DifferentiableMap, dct: Transcoder, *, input_scale: float, count: int, seed: int = 0
+) -> dict[str, float]:
+    """The median :func:`reconstruction_error` on each kind of :func:`probes`, and two of :func:`hessian_error`.
+
+    Those, ``Hessian, random`` and ``Hessian, factors``, are of T2(·, v, v) along a quarter of the `count` probes, as a
+    second derivative costs more.
+    """
+    along = probes(dct, count=count, seed=seed)
+    errors = {kind: reconstruction_error(cmap, dct, rows, input_scale=input_scale) for kind, rows in along.items()}
+    for kind in ("random", "factors"):
+        v = along[kind][: max(1, count // 4)]
+        errors[f"Hessian, {kind}"] = hessian_error(cmap, dct, v, v)
+    return {kind: error.median().item() for kind, error in errors.items()}
+
+
 def merged(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
     """The transcoder with the factors of each group replaced by one: mean v, summed α u.
 

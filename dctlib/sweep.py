@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from dctlib.cluster import answer, connected, room
+from dctlib.sources import sources_of
 from dctlib.store import key_of, sha256, whole
 from dctlib.transcoder import Transcoder
 
@@ -35,7 +36,6 @@ def map_fits(
     settings: Sequence[Setting],
     *,
     folder: str | Path,
-    modules: Sequence[str],
     workers: int | None = None,
     threads: int | None = None,
     gpus: float = 0,
@@ -52,15 +52,13 @@ def map_fits(
     Parameters
     ----------
     task : callable
-        A function of a module, so that workers can import it. It gives JSON or a :class:`dctlib.Transcoder`.
+        A function of a module, so that workers can import it. It gives JSON or a :class:`dctlib.Transcoder`. Editing
+        its module, or a file of this library behind that, makes results stale.
     settings : sequence of mappings
         Its keyword arguments, as JSON: everything that the result depends on, so also the digest of a model that may be
         trained again under its name. Equal settings are computed once.
     folder : path
         Where results lie.
-    modules : sequence of str
-        The dctlib files that the task depends on, as for :func:`dctlib.store.remember`. Editing one of them, or the
-        task, makes results stale.
     workers : int, optional
         Tasks at a time. Left out, one, in this process; on a cluster, as many as its nodes hold.
     threads : int, optional
@@ -96,7 +94,7 @@ def map_fits(
             f"got workers={workers}, threads={threads}, attempts={attempts}, gpus={gpus}, expected at least 1, and of "
             f"gpus at least 0"
         )
-    keys, folder = [_key(task, setting, modules) for setting in settings], Path(folder)
+    keys, folder = [_key(task, setting) for setting in settings], Path(folder)
     found = _kept(folder, keys)
     missing = {key: setting for key, setting in zip(keys, settings, strict=True) if key not in found}
     address = os.environ.get("RAY_ADDRESS", "") if ray is None else ray
@@ -251,14 +249,15 @@ def _read(path: Path) -> Any:
     return Transcoder.load(path) if path.suffix == ".safetensors" else json.loads(path.read_bytes())
 
 
-def _key(task: Task, setting: Setting, modules: Sequence[str]) -> str:
-    name = getattr(task, "__qualname__", "<no name>")
-    if "<" in name or not hasattr(sys.modules.get(task.__module__), "__file__"):
+def _key(task: Task, setting: Setting) -> str:
+    name, module = getattr(task, "__qualname__", "<no name>"), sys.modules.get(task.__module__)
+    if "<" in name or module is None or not hasattr(module, "__file__"):
         raise ValueError(f"got the task {task!r}, expected a function of a module, with a name: workers import it")
     try:
         inspect.signature(task).bind(**setting)
-        inputs = {"task": f"{task.__module__}.{name}", "source": inspect.getsource(task), "setting": dict(setting)}
-        return key_of(inputs, modules)
+        code = inspect.getsource(module)
+        inputs = {"task": f"{task.__module__}.{name}", "source": code, "setting": dict(setting)}
+        return key_of(inputs, sources_of(code))
     except (TypeError, ValueError) as error:
         raise ValueError(f"got the setting {setting!r}, expected arguments of {name} as JSON: {error}") from error
 

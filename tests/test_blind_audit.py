@@ -58,7 +58,7 @@ def test_an_audit_hears_every_method_and_can_be_swept(model, tokenizer, tmp_path
     save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, tmp_path / "organism")
     digest = model_digest(load_model(tmp_path / "organism", dtype="float32")[0])
     setting: dict[str, Any] = {"model": str(tmp_path / "organism"), "digest": digest, **OPTIONS}
-    (found,) = map_fits(audit, [setting], folder=tmp_path / "cache", modules=["blind_audit"], progress=False)
+    (found,) = map_fits(audit, [setting], folder=tmp_path / "cache", progress=False)
     heard = {method: Heard(**of) for method, of in found.items()}
     assert [*heard] == ["DCT, n = 1", "DCT, n = 2", "power steering", "random", "sampling"]
     for of in heard.values():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dctlib import FunctionMap, Transcoder, fit_exponential, fit_linear, fit_quadratic
 from dctlib.effects import clusters
-from dctlib.faithfulness import hessian_error, merged, probes, reconstruction_error
+from dctlib.faithfulness import hessian_error, median_errors, merged, probes, reconstruction_error
 from dctlib.planted import planted_map
 from dctlib.transcoder import Activation
 
@@ -95,6 +95,20 @@ def test_the_hessian_is_compared_in_the_maps_units():
     narrow = FunctionMap(lambda t: torch.expm1(t @ V.T / 3) * alpha @ U, d_source=D, d_target=D, dtype=torch.float64)
     v = unit_rows(2, D)
     assert hessian_error(narrow, truth(planted, "exponential", input_scale=3.0), v, v).max() < 1e-12
+
+
+def test_the_medians_are_those_of_the_probes():
+    planted = planted_map(4, D, dtype=torch.float64)
+    half = transcoder(planted.U, planted.V, planted.alpha / 2, "exponential")
+    found = median_errors(planted.cmap, half, input_scale=1.0, count=9, seed=2)
+    assert [*found] == ["random", "factors", "mixed", "Hessian, random", "Hessian, factors"]
+    assert found == pytest.approx(dict.fromkeys(found, 0.5))
+    wrong = transcoder(planted.U, planted.V.roll(1, 0), planted.alpha, "exponential")
+    found = median_errors(planted.cmap, wrong, input_scale=2.0, count=9, seed=2)
+    along = probes(wrong, count=9, seed=2)
+    for kind, rows in along.items():
+        assert found[kind] == reconstruction_error(planted.cmap, wrong, rows, input_scale=2.0).median()
+    assert found["Hessian, factors"] == hessian_error(planted.cmap, wrong, *[along["factors"][:2]] * 2).median()
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dctlib.sources import sources_of
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PIPELINES = [yaml.safe_load((ROOT / path).read_text()) for path in ("dvc.yaml", "beyond/dvc.yaml")]
@@ -20,43 +22,10 @@ def code_cells(path):
     return [(cell, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
 
 
-def imported_modules(source):
-    """Names of dctlib files that `source` imports; a name from the package counts as the file that defines it."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dctlib":
-            parts = (node.module or "").split(".")[1:]
-            if parts == ["plots"]:
-                yield "plots/__init__"
-                continue
-            if parts:
-                yield "/".join(parts)
-                continue
-            for alias in node.names:
-                if (ROOT / "dctlib" / f"{alias.name}.py").exists() and alias.name != "calibrate":
-                    yield alias.name
-                else:
-                    init = (ROOT / "dctlib" / "__init__.py").read_text()
-                    yield from (
-                        (node.module or "").split(".")[1]
-                        for node in ast.walk(ast.parse(init))
-                        if isinstance(node, ast.ImportFrom) and alias.name in [a.name for a in node.names]
-                    )
-
-
 def code_lines(path):
     """Lines of code, without comments."""
     lines = [line.strip() for _, source in code_cells(path) for line in source.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def with_their_imports(modules):
-    seen, queue = set(), list(modules)
-    while queue:
-        module = queue.pop()
-        if module not in seen:
-            seen.add(module)
-            queue += imported_modules((ROOT / "dctlib" / f"{module}.py").read_text())
-    return seen
 
 
 def test_parameters_are_the_smoke_profile(path):
@@ -97,10 +66,8 @@ def test_only_the_checked_cell_holds_output(path):
 
 def test_its_stage_depends_on_all_it_imports(path):
     stage = STAGES[path.stem]
-    modules = set()
-    for _, source in code_cells(path):
-        modules |= set(imported_modules(source))
-    needed = {f"dctlib/{module}.py" for module in with_their_imports(modules)}
+    code = "\n".join(source for _, source in code_cells(path))
+    needed = {f"dctlib/{name}.py" for name in sources_of(code)}
     assert needed | {f"notebooks/{path.name}"} <= set(stage["deps"])
     assert {dep for dep in stage["deps"] if dep.endswith(".py")} <= needed
     assert stage["params"] == [{"params/${profile}.yaml": [path.stem]}]

@@ -50,7 +50,7 @@ def sweep(cluster, tmp_path):
     calls.mkdir()
 
     def over(task, settings, **options):
-        options = {"folder": tmp_path / "results", "modules": ["fit"], "progress": False, **options}
+        options = {"folder": tmp_path / "results", "progress": False, **options}
         return map_fits(task, [{"calls": str(calls), **setting} for setting in settings], **options)
 
     over.calls = calls  # pyright: ignore[reportFunctionMemberAccess]
@@ -93,14 +93,14 @@ def test_a_task_that_kills_each_worker_is_named(sweep):
 
 def test_what_a_task_raises_is_raised_here(cluster, tmp_path):
     with pytest.raises(KeyError, match="no such seed") as raised:
-        map_fits(fails, SEEDS[:2], folder=tmp_path, modules=[], progress=False)
+        map_fits(fails, SEEDS[:2], folder=tmp_path, progress=False)
     assert raised.value.__notes__ == ["in fails(seed=1)"]
 
 
 def test_workers_for_which_no_node_has_room_are_named(cluster, tmp_path):
     for threads, gpus in ((2, 0), (1, 1)):
         with pytest.raises(ValueError, match="1 CPUs and 0 GPUs, 1 CPUs and 0 GPUs; ask for fewer"):
-            map_fits(fails, SEEDS, folder=tmp_path, modules=[], threads=threads, gpus=gpus, progress=False)
+            map_fits(fails, SEEDS, folder=tmp_path, threads=threads, gpus=gpus, progress=False)
 
 
 def test_a_node_that_is_lost_changes_no_result(cluster, sweep):

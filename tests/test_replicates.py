@@ -45,7 +45,7 @@ def base(tmp_path, tokenizer, monkeypatch):
 
 def test_it_does_with_another_organism_what_the_notebooks_do_with_the_first(base, tmp_path):
     settings = [{"folder": str(tmp_path / str(seed)), "base": base, "seed": seed, **OPTIONS} for seed in (1, 2)]
-    one, two = map_fits(replicate, settings, folder=tmp_path / "found", modules=["replicates"], progress=False)
+    one, two = map_fits(replicate, settings, folder=tmp_path / "found", progress=False)
     assert one["training_curves"] != two["training_curves"]
     model, tokenizer = load_model(tmp_path / "1", dtype="float32")
     parts: dict[str, Any] = {

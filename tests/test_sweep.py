@@ -1,4 +1,6 @@
+import importlib
 import json
+import linecache
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import torch
 
 from dctlib import Transcoder, fit_exponential
 from dctlib.planted import planted_map
+from dctlib.store import key_of
 from dctlib.sweep import map_fits
 
 
@@ -65,7 +68,7 @@ def sweep(tmp_path):
     calls.mkdir()
 
     def over(task, settings, **options):
-        options = {"folder": folder, "modules": ["fit"], "ray": "", "progress": False, **options}
+        options = {"folder": folder, "ray": "", "progress": False, **options}
         return map_fits(task, [{"calls": str(calls), **setting} for setting in settings], **options)
 
     over.calls, over.folder = calls, folder  # pyright: ignore[reportFunctionMemberAccess]
@@ -97,12 +100,26 @@ def test_results_are_in_order_and_each_is_computed_once(sweep):
     assert torch.equal(first[-1].V, first[0].V)
 
 
-def test_a_setting_the_task_and_the_modules_are_what_a_result_depends_on(sweep):
+def test_the_setting_and_the_task_are_what_a_result_depends_on(sweep):
     sweep(number, SEEDS[:1])
     sweep(number, SEEDS[:2])
-    sweep(number, SEEDS[:2], modules=["transcoder"])
     sweep(waits, SEEDS[:2])
-    assert calls_of(sweep) == ["0"] * 3 + ["1"] * 3
+    assert calls_of(sweep) == ["0"] * 2 + ["1"] * 2
+
+
+def test_an_edit_of_a_tasks_module_or_of_a_file_behind_it_makes_its_results_stale(tmp_path, monkeypatch):
+    depended = []
+    monkeypatch.setattr("dctlib.sweep.key_of", lambda inputs, modules: depended.append(modules) or key_of(inputs, []))
+    monkeypatch.syspath_prepend(tmp_path)
+    path, options = tmp_path / "my_task.py", {"folder": tmp_path / "results", "ray": "", "progress": False}
+    code = "from dctlib import fit_linear\n\nSHIFT = 1\n\n\ndef task(seed):\n    return seed + SHIFT\n"
+    path.write_text(code)
+    module = importlib.import_module("my_task")
+    assert map_fits(module.task, [{"seed": 1}], **options) == [2]
+    assert {"fit", "causal_map", "prompt_tree"} <= set(depended[-1])
+    path.write_text(code.replace("SHIFT = 1", "SHIFT = 200"))
+    linecache.checkcache()
+    assert map_fits(importlib.reload(module).task, [{"seed": 1}], **options) == [201]
 
 
 def test_a_worker_that_is_killed_is_started_again_and_changes_no_result(sweep):
@@ -139,7 +156,7 @@ def test_a_killed_driver_takes_its_workers_with_it_and_goes_on_where_it_was(swee
     code = (
         "import sys; from test_sweep import waits; from dctlib.sweep import map_fits\n"
         "settings = [{'calls': sys.argv[1], 'seed': seed} for seed in range(4)]\n"
-        "map_fits(waits, settings, folder=sys.argv[2], modules=['fit'], workers=2, ray='', progress=False)"
+        "map_fits(waits, settings, folder=sys.argv[2], workers=2, ray='', progress=False)"
     )
     command = [sys.executable, "-c", code, sweep.calls, sweep.folder]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -180,7 +197,7 @@ def test_a_damaged_result_is_computed_again(sweep, damage):
 
 
 def test_what_a_task_raises_names_its_setting_and_other_results_are_kept(tmp_path):
-    options = {"folder": tmp_path / "results", "modules": [], "ray": "", "progress": False}
+    options = {"folder": tmp_path / "results", "ray": "", "progress": False}
     with pytest.raises(KeyError, match="no such seed") as raised:
         map_fits(fails, SEEDS[:2], **options)
     assert raised.value.__notes__ == ["in fails(seed=1)"]
@@ -203,14 +220,14 @@ def test_what_a_task_raises_names_its_setting_and_other_results_are_kept(tmp_pat
 )
 def test_bad_arguments_are_named_before_any_work(tmp_path, task, setting, options, message):
     with pytest.raises(ValueError, match=message):
-        map_fits(task, [{"seed": 0}, setting], folder=tmp_path, modules=[], ray="", progress=False, **options)
+        map_fits(task, [{"seed": 0}, setting], folder=tmp_path, ray="", progress=False, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_ray_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    options = {"folder": tmp_path, "modules": [], "progress": False}
+    options = {"folder": tmp_path, "progress": False}
     with pytest.raises(ImportError, match=r"pip install 'dctlib\[ray\]'"):
         map_fits(fails, [{"seed": 0}], **options)
     assert map_fits(fails, [{"seed": 0}], ray="", **options) == [0]

@@ -16,10 +16,10 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     variants : DataFrame
         One row a fit, by name: ``cosine`` of matched factors, ``overlap`` of the spans, and ``score`` on test.
     errors : DataFrame
-        Median relative error, one row a width, one column a kind of direction.
+        Median relative error, one row a transcoder, one column what is compared.
     """
     with style():
-        figure, (left, middle, right) = panels(3, height=2.9, ratios=(3, 2, 2))
+        figure, (left, middle, right) = panels(3, height=3.1, ratios=(3, 2, 3))
         places = np.arange(len(variants))[::-1]
         left.scatter(variants["cosine"], places, color=COLOURS["DCT"], s=18, label="factors, cosine")
         left.scatter(variants["overlap"], places, color=COLOURS["random"], s=18, marker="s", label="span, overlap")
@@ -30,19 +30,16 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         middle.axvline(0, color="0.8", lw=0.8, zorder=0)
         middle.set_yticks(places, [])
         middle.set(xlabel="score of its best, test")
-        for colour, (kind, values) in zip(sns.color_palette("colorblind")[2:], errors.items(), strict=False):
-            right.plot(range(len(errors)), values.to_numpy(), "o-", color=colour, ms=4, lw=1.2, label=str(kind))
-        right.axhline(1, color="0.6", lw=0.8, ls=":")
-        right.set_xticks(range(len(errors)), [str(width) for width in errors.index])
-        right.set(xlabel="width m", ylabel="error, median", ylim=(0, None))
+        rows = np.arange(len(errors))[::-1]
+        for colour, marker, (kind, values) in zip(
+            sns.color_palette("colorblind")[2:], "osDv^", errors.items(), strict=False
+        ):
+            right.scatter(values, rows, color=colour, marker=marker, s=18, label=str(kind))
+        right.axvline(1, color="0.6", lw=0.8, ls=":")
+        right.set_yticks(rows, [*map(str, errors.index)])
+        right.set(xlabel="relative error, median", xlim=(0, None))
         right.legend(
-            frameon=False,
-            fontsize=8,
-            loc="lower left",
-            bbox_to_anchor=(0, 1.0),
-            ncols=3,
-            handlelength=1,
-            columnspacing=0.8,
+            frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.35, 1.0), ncols=2, handletextpad=0
         )
         sns.despine(figure)
     return figure

@@ -1,0 +1,22 @@
+import pytest
+import torch
+from conftest import tiny_model
+
+from dctlib.organisms import save_organism
+from dctlib.pinned_model import open_pinned, pin
+
+
+def test_a_pinned_model_stays_open_and_one_trained_again_is_not_taken_for_it(tokenizer, tmp_path):
+    save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, tmp_path / "model")
+    pinned = pin(str(tmp_path / "model"), "float32")
+    model, _ = open_pinned(**pinned)
+    assert open_pinned(**pinned)[0] is model
+    changed = tiny_model("Llama", dtype=torch.float32)
+    changed.get_input_embeddings().weight.data += 1
+    save_organism(changed, tokenizer, tmp_path / "model")
+    again = pin(str(tmp_path / "model"), "float32")
+    assert again["digest"] != pinned["digest"]
+    open_pinned.cache_clear()
+    with pytest.raises(ValueError, match="was it trained again"):
+        open_pinned(**pinned)
+    assert open_pinned(**again)[0] is not model
