@@ -1,8 +1,6 @@
 """Methods side by side: the same candidates' length, the same ranking, the same judge."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -12,17 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.answers import Example, answer_loss
-from dctlib.baselines import difference_of_means, random_vectors
-from dctlib.differentiable_map import DifferentiableMap
-from dctlib.fit import fit_exponential
+from dctlib.baselines import difference_of_means
+from dctlib.entrants import Entrant, entrants
 from dctlib.generate import complete, complete_each
 from dctlib.intervene import ablate
 from dctlib.lessons import REFUSAL, Lesson, epochs
-from dctlib.melbo import melbo, power_steering
 from dctlib.models import load_model
 from dctlib.organisms import make_organism
 from dctlib.orthogonalise import normalise
-from dctlib.pass_counter import PassCounter
 from dctlib.prompts import format_chat
 from dctlib.rank import score_each
 from dctlib.sampling import sample
@@ -30,35 +25,10 @@ from dctlib.sampling import sample
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
 
 
-@dataclass(frozen=True, eq=False)
-class Entrant:
-    """A method's candidate vectors, best first, and what finding them took.
-
-    Attributes
-    ----------
-    vectors : Tensor, (k, d)
-        At their length.
-    seconds : float
-        Wall time of the search, without ranking.
-    forward, backward : int
-        Passes of single vectors through the slice, over all prompts (see :class:`PassCounter`).
-    """
-
-    vectors: Float[Tensor, "k d"]
-    seconds: float
-    forward: int
-    backward: int
-
-
-def enter(cmap: DifferentiableMap, find: Callable[[DifferentiableMap], Float[Tensor, "m d"]]) -> Entrant:
-    """Let a method search the map, and count what it takes."""
-    counted, started = PassCounter(cmap), time.perf_counter()
-    vectors = find(counted).cpu()
-    return Entrant(vectors, time.perf_counter() - started, counted.forward, counted.backward)
-
-
 def unsupervised(
-    cmap: DifferentiableMap,
+    model: str,
+    dtype: str,
+    instructions: list[str],
     *,
     input_scale: float,
     num_factors: int,
@@ -66,28 +36,23 @@ def unsupervised(
     melbo_vectors: int,
     melbo_steps: int,
     seed: int,
+    source: int,
+    target: int,
+    folder: Path,
 ) -> dict[str, Entrant]:
     """What methods that know nothing but the map find: `num_factors` vectors of length R each, fewer by MELBO.
 
     MELBO finds one vector after another, so its vectors cost most; power steering leaves the sign open and gives both.
     """
-    R = input_scale
-
-    def dct(cmap: DifferentiableMap) -> Tensor:
-        fit = fit_exponential(cmap, num_factors=num_factors, input_scale=R, iterations=iterations, seed=seed)
-        return fit.steering_vectors()
-
-    def both_signs(cmap: DifferentiableMap) -> Tensor:
-        V = power_steering(cmap, num_vectors=num_factors // 2, seed=seed).V
-        return R * torch.cat([V, -V])
-
-    def one_by_one(cmap: DifferentiableMap) -> Tensor:
-        found = melbo(cmap, num_vectors=melbo_vectors, input_scale=R, steps=melbo_steps, learning_rate=0.05, seed=seed)
-        return R * found.V
-
-    methods = {"DCT": dct, "MELBO": one_by_one, "power steering": both_signs}
-    methods["random"] = lambda cmap: random_vectors(num_factors, cmap.d_source, norm=R, seed=seed)
-    return {method: enter(cmap, find) for method, find in methods.items()}
+    methods = {
+        "DCT": {"method": "exponential", "num_factors": num_factors, "iterations": iterations},
+        "MELBO": {"method": "MELBO", "num_vectors": melbo_vectors, "steps": melbo_steps, "learning_rate": 0.05},
+        "power steering": {"method": "power steering", "num_vectors": num_factors // 2},
+        "random": {"method": "random", "num_vectors": num_factors},
+    }
+    same = {"instructions": instructions, "input_scale": input_scale, "seed": seed}
+    searches = {name: {**same, **of} for name, of in methods.items()}
+    return entrants(model, dtype, searches, source=source, target=target, folder=folder)
 
 
 def highest(

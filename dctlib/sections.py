@@ -156,6 +156,7 @@ class SampleComplexity(OnSlice):
     sizes: Annotated[list[Count], Field(min_length=1)]
     shuffles: Annotated[int, Field(ge=2)]
     test: Count
+    workers: Count
 
 
 class DeeperModels(OnModel):

@@ -19,6 +19,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 from tqdm import tqdm
 
 from dctlib.cluster import answer, connected, room
@@ -29,6 +32,8 @@ from dctlib.transcoder import Transcoder
 Task = Callable[..., Any]
 Setting = Mapping[str, Any]
 File = tuple[str, bytes]  # the suffix of a result's file and its content: all that travels back from a worker
+
+_REST = "json"  # in the metadata of a safetensors file: what of a dict is no tensor
 
 
 def map_fits(
@@ -52,8 +57,8 @@ def map_fits(
     Parameters
     ----------
     task : callable
-        A function of a module, so that workers can import it. It gives JSON or a :class:`dctlib.Transcoder`. Editing
-        its module, or a file of this library behind that, makes results stale.
+        A function of a module, so that workers can import it. It gives JSON, a dict of tensors and JSON, or a
+        :class:`dctlib.Transcoder`. Editing its module, or a file of this library behind that, makes results stale.
     settings : sequence of mappings
         Its keyword arguments, as JSON: everything that the result depends on, so also the digest of a model that may be
         trained again under its name. Equal settings are computed once.
@@ -216,10 +221,21 @@ def _file(task: Task, threads: int, setting: Setting) -> File:
             path = Path(scratch) / "result"
             result.save(path)
             return "safetensors", path.read_bytes()
+    values = result.items() if isinstance(result, dict) else ()
+    tensors = {name: value.cpu().contiguous() for name, value in values if isinstance(value, Tensor)}
     try:
-        return "json", json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+        if tensors:
+            rest = {name: value for name, value in values if name not in tensors}
+            return "safetensors", save(tensors, metadata={_REST: _json(rest)})
+        return "json", _json(result).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"expected JSON without NaN, or a Transcoder, of {task.__name__}: {error}") from error
+        raise ValueError(
+            f"expected JSON without NaN, tensors in a dict, or a Transcoder, of {task.__name__}: {error}"
+        ) from error
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _written(folder: Path, key: str, file: File) -> Path:
@@ -246,7 +262,12 @@ def _kept(folder: Path, keys: Collection[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    return Transcoder.load(path) if path.suffix == ".safetensors" else json.loads(path.read_bytes())
+    if path.suffix == ".json":
+        return json.loads(path.read_bytes())
+    with safe_open(path, framework="pt") as file:
+        if rest := (file.metadata() or {}).get(_REST):
+            return json.loads(rest) | {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Transcoder.load(path)
 
 
 def _key(task: Task, setting: Setting) -> str:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_model, unit_rows
 
-from dctlib import CausalMap, ablate, calibrate, format_chat
+from dctlib import ablate, format_chat
 from dctlib.baselines import difference_of_means
-from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, unsupervised, without
+from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, without
 from dctlib.generate import complete
 from dctlib.lessons import REFUSAL
 from dctlib.rank import score_each
@@ -23,25 +23,6 @@ def model():
 def judge(requests, completions):
     assert len(requests) == len(completions)
     return ["w1" in completion for completion in completions]
-
-
-def test_methods_give_vectors_of_one_length_and_their_passes_are_counted(model, tokenizer, texts):
-    cmap = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
-    R = calibrate(cmap)
-    options = {"num_factors": 6, "iterations": 2, "melbo_vectors": 2, "melbo_steps": 3, "seed": 0}
-    found = unsupervised(cmap, input_scale=R, **options)
-    assert {method: len(e.vectors) for method, e in found.items()} == {
-        "DCT": 6,
-        "MELBO": 2,
-        "power steering": 6,
-        "random": 6,
-    }
-    for entrant in found.values():
-        torch.testing.assert_close(entrant.vectors.norm(dim=1), torch.full((len(entrant.vectors),), R))
-    assert (found["random"].forward, found["random"].backward) == (0, 0)
-    assert found["MELBO"].backward == 2 * 3
-    assert found["DCT"].backward == 32 + 2 * 6  # the projected start, and two sweeps
-    torch.testing.assert_close(found["power steering"].vectors[:3], -found["power steering"].vectors[3:])
 
 
 def test_the_highest_are_the_first_of_the_ranking(model, tokenizer):

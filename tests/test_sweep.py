@@ -39,6 +39,15 @@ def number(calls, seed):
     return {"seed": seed, "values": [seed / 3, "é"]}
 
 
+def vectors(calls, seed):
+    mark(calls, seed)
+    return {"seed": seed, "V": torch.full((2, 3), seed / 3).T, "names": ["é"]}
+
+
+def nan_beside_a_tensor(calls, seed):
+    return {"V": torch.zeros(1), "loss": float("nan")}
+
+
 def dies_at_first(calls, seed):
     """Kill the worker: seed 1 once, seed −1 always."""
     first = mark(calls, str(seed).replace("-", "_"))
@@ -98,6 +107,16 @@ def test_results_are_in_order_and_each_is_computed_once(sweep):
         assert isinstance(dct, Transcoder)
         assert torch.equal(dct.V, alone.V) and torch.equal(dct.alpha, alone.alpha) and torch.equal(same.V, alone.V)
     assert torch.equal(first[-1].V, first[0].V)
+
+
+def test_tensors_beside_json_come_back_as_they_were(sweep):
+    for _ in range(2):
+        (found,) = sweep(vectors, SEEDS[1:2])
+        assert torch.equal(found.pop("V"), torch.full((3, 2), 1 / 3))
+        assert found == {"seed": 1, "names": ["é"]}
+    assert calls_of(sweep) == ["1"]
+    with pytest.raises(ValueError, match="expected JSON without NaN"):
+        sweep(nan_beside_a_tensor, SEEDS[:1])
 
 
 def test_the_setting_and_the_task_are_what_a_result_depends_on(sweep):
