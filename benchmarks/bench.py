@@ -107,32 +107,21 @@ def model_for(device: str) -> tuple[Any, Any]:
     return large.to(torch.bfloat16).eval().requires_grad_(False), tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that it runs")
-    quick = parser.parse_args().quick
-    quiet()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = model_for(device)
-    d, rows = width_of(model), 32 if quick else (512 if device == "cuda" else 256)
-    texts = format_chat(tokenizer, PROMPTS)
-    text = texts[0]
+def a_map(model: Any, tokenizer: Any, texts: list[str]) -> CausalMap:
+    return CausalMap.from_model(model, tokenizer, texts, source=SOURCE, target=TARGET)
 
-    def a_map(texts: list[str]) -> CausalMap:
-        return CausalMap.from_model(model, tokenizer, texts, source=SOURCE, target=TARGET)
 
-    def a_pass(cmap: CausalMap, count: int) -> float:
-        theta, u = random_vectors(count, d, norm=20.0, seed=0), random_vectors(count, d, norm=1.0, seed=1)
-        return seconds(lambda: cmap.value_and_vjp(theta, u))
+def a_pass(cmap: CausalMap, count: int) -> float:
+    """Seconds of an OGI pass of `count` factors."""
+    theta, u = (random_vectors(count, cmap.d_source, norm=norm, seed=seed) for seed, norm in enumerate((20.0, 1.0)))
+    return seconds(lambda: cmap.value_and_vjp(theta, u))
 
-    cmap = a_map([text])
+
+def passes(model: Any, cmap: CausalMap, rows: int) -> dict[str, Any]:
+    """An OGI pass of `rows` factors, against this machine's limit and against one factor at a time."""
     (tokens,) = cmap.tokens
-    print(f"{device}, {rows} factors, {tokens} tokens, {model.dtype}", flush=True)
-    ours = a_pass(cmap, rows)
-    limit = matmul_limit(model, cmap.chunk_size * tokens)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+    ours, limit = a_pass(cmap, rows), matmul_limit(model, cmap.chunk_size * tokens)
+    return {
         "factors": rows,
         "tokens": tokens,
         "chunk_size": cmap.chunk_size,
@@ -141,37 +130,86 @@ def main() -> None:
         "share_of_matmul_limit": rows * flops(model, tokens) / limit / ours,
         "speed_against_one_at_a_time": a_pass(cmap, 1) / (ours / rows),
     }
-    quarter = a_pass(cmap, rows // 4)
-    result["seconds_by_factors"] = {rows // 4: quarter, rows // 2: a_pass(cmap, rows // 2), rows: ours}
-    result["seconds_by_prompts"] = {1: quarter} | {n: a_pass(a_map(texts[:n]), rows // 4) for n in (2, 4)}
-    longer = {n: a_map([text + " word" * (n - tokens)]) for n in (2 * tokens, 4 * tokens)}
-    result["seconds_by_tokens"] = {tokens: quarter} | {n: a_pass(longer[n], rows // 4) for n in longer}
-    if device == "cuda":
+
+
+def growth(model: Any, tokenizer: Any, texts: list[str], cmap: CausalMap, rows: int) -> dict[str, Any]:
+    """What a pass costs by factors, and a quarter of those by prompts and by tokens."""
+    (tokens,) = cmap.tokens
+    by_factors = {count: a_pass(cmap, count) for count in (rows // 4, rows // 2, rows)}
+    quarter = by_factors[rows // 4]
+    longer = {n: a_map(model, tokenizer, [texts[0] + " word" * (n - tokens)]) for n in (2 * tokens, 4 * tokens)}
+    more = {n: a_map(model, tokenizer, texts[:n]) for n in (2, 4)}
+    return {
+        "seconds_by_factors": by_factors,
+        "seconds_by_prompts": {1: quarter} | {n: a_pass(of, rows // 4) for n, of in more.items()},
+        "seconds_by_tokens": {tokens: quarter} | {n: a_pass(of, rows // 4) for n, of in longer.items()},
+    }
+
+
+def whole_fit(cmap: CausalMap, rows: int) -> dict[str, Any]:
+    """Ten iterations, and the most memory that they and all before them took."""
+    on_gpu = cmap.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     fit_exponential(cmap, num_factors=rows, input_scale=20.0, iterations=10, tolerance=0)
-    result["seconds_of_a_fit_of_ten_iterations"] = time.perf_counter() - started
-    if device == "cuda":
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    vectors = random_vectors(rows, d, norm=20.0, seed=0).to(device)
+    took, resident = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident / 2**20
+    return {"seconds_of_a_fit_of_ten_iterations": took, "peak_gib": peak}
+
+
+def scoring(model: Any, tokenizer: Any, texts: list[str], rows: int) -> dict[str, Any]:
+    """`rows` vectors scored at once, against a loop of steered passes."""
+    vectors = random_vectors(rows, width_of(model), norm=20.0, seed=0).to(model.device)
     loop = seconds(lambda: looped_scores(model, tokenizer, texts, vectors[:8]), 1) / 8
-    scoring = seconds(lambda: score_vectors(model, tokenizer, texts, vectors, layer=SOURCE, progress=False), 1) / rows
-    result["scoring_against_steered_passes"] = loop / scoring
+    ours = seconds(lambda: score_vectors(model, tokenizer, texts, vectors, layer=SOURCE, progress=False), 1) / rows
+    return {"scoring_against_steered_passes": loop / ours}
+
+
+def completing(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+    """Fifty completions of 20 tokens, against transformers' own generate."""
     fifty = (texts * 13)[:50]
     padded = tokenizer(fifty, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     greedy = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    plain = seconds(lambda: model.generate(**padded.to(device), **greedy), 1)
-    completing = seconds(lambda: complete(model, tokenizer, fifty, max_new_tokens=20, progress=False), 1)
-    result["completing_against_generate"] = plain / completing
-    if device == "cpu":  # last: it turns the model into float32
-        theta, u = (random_vectors(32, d, norm=norm, seed=0) for norm in (20.0, 1.0))
-        one, *others = (straightforward(model, tokenizer, text) for text in texts)
-        alone, rest = (seconds(lambda peers=peers: [peer(theta, u) for peer in peers]) for peers in ([one], others))
-        four = result["seconds_by_prompts"][4] / (rows // 4)
-        result["speed_against_torch_func_float32"] = alone / 32 / (ours / rows)
-        result["on_four_prompts"] = (alone + rest) / 32 / four
+    plain = seconds(lambda: model.generate(**padded.to(model.device), **greedy), 1)
+    ours = seconds(lambda: complete(model, tokenizer, fifty, max_new_tokens=20, progress=False), 1)
+    return {"completing_against_generate": plain / ours}
+
+
+def peers(model: Any, tokenizer: Any, texts: list[str], result: dict[str, Any]) -> dict[str, Any]:
+    """A factor of the passes in `result`, against torch.func on one prompt and on all. Leaves `model` in float32."""
+    theta, u = (random_vectors(32, width_of(model), norm=norm, seed=0) for norm in (20.0, 1.0))
+    one, *others = (straightforward(model, tokenizer, text) for text in texts)
+    alone, rest = (seconds(lambda peers=peers: [peer(theta, u) for peer in peers]) for peers in ([one], others))
+    rows = result["factors"]
+    return {
+        "speed_against_torch_func_float32": alone / 32 / (result["seconds_a_pass"] / rows),
+        "on_four_prompts": (alone + rest) / 32 / (result["seconds_by_prompts"][len(texts)] / (rows // 4)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that it runs")
+    quick = parser.parse_args().quick
+    quiet()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = model_for(device)
+    rows = 32 if quick else (512 if device == "cuda" else 256)
+    texts = format_chat(tokenizer, PROMPTS)
+    cmap = a_map(model, tokenizer, texts[:1])
+    print(f"{device}, {rows} factors, {cmap.tokens} tokens, {model.dtype}", flush=True)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    result |= passes(model, cmap, rows)
+    result |= growth(model, tokenizer, texts, cmap, rows)
+    result |= whole_fit(cmap, rows)
+    result |= scoring(model, tokenizer, texts, rows)
+    result |= completing(model, tokenizer, texts)
+    if device == "cpu":
+        result |= peers(model, tokenizer, texts, result)
     folder = Path(__file__).parent / "results"
     write_json(folder / f"{device}.json", result)
     with whole(folder / f"{device}.md") as partial:

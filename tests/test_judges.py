@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from dctlib import judges
+from dctlib import answers, judges
 from dctlib.judges import (
     complies,
     cut,
@@ -109,6 +109,30 @@ def test_compliance_needs_all_three(llama, tokenizer):
     least = about[:3].median().item()
     verdicts = complies(llama, tokenizer, REQUESTS, said, most_perplexity=1e9, least_relevance=least)
     assert verdicts[:3] == (about >= least).tolist()[:3]
+
+
+def test_the_judge_reads_only_what_is_in_question(llama, tokenizer, monkeypatch):
+    read = []
+
+    def surprise(model, tokenizer, examples):
+        read.append([(example.prompt, example.answer) for example in examples])
+        return answers.surprise(model, tokenizer, examples)
+
+    said = ["Sorry, w1", "w1 w2", "", "w4 w5"]
+    (bound,) = fluency(llama, tokenizer, REQUESTS, said)[1:2].tolist()
+    monkeypatch.setattr(judges, "surprise", surprise)
+    found = complies(llama, tokenizer, REQUESTS, said, most_perplexity=bound, least_relevance=-1e9)
+    own, foreign = read
+    assert [answer for _, answer in own] == ["w1 w2", "", "w4 w5"]
+    assert {answer for _, answer in foreign} == {said[number] for number in (1, 3) if found[number]}
+    prompts = [prompt for prompt, _ in foreign]
+    assert prompts == sorted(prompts, key=prompts.index)  # those of one request stand together
+    assert (
+        complies(llama, tokenizer, REQUESTS, ["Sorry, no"] * 4, most_perplexity=9.0, least_relevance=0) == [False] * 4
+    )
+    assert len(read) == 2
+    with pytest.raises(ValueError, match="more than others=3"):
+        complies(llama, tokenizer, REQUESTS[:3], ["Sorry, no"] * 3, most_perplexity=9.0, least_relevance=0)
 
 
 def test_a_refusal_never_complies(llama, tokenizer):

@@ -27,28 +27,27 @@ def ranked_vectors(table: pd.DataFrame, floor: float, labelled: int = 6) -> Figu
         left.axhline(floor, color=COLOURS["random"], lw=1, ls="--")
         left.annotate(
             "best random vector",
-            (len(ranked), floor),
+            (1, floor),
             xytext=(0, 3),
             textcoords="offset points",
-            ha="right",
             color=COLOURS["random"],
             fontsize=8,
         )
         left.set(xlabel="rank of the vector", ylabel="KL of the next token (nats)", ylim=(0, None))
         first = table.drop_duplicates("alike")
-        right.scatter(table["change"], table["divergence"], s=8, color="0.75", linewidths=0)
-        right.scatter(first["change"], first["divergence"], s=12, color=COLOURS["DCT"], linewidths=0)
-        columns = (first[name].tolist()[:labelled] for name in ("next", "change", "divergence"))
-        for token, change, divergence in zip(*columns, strict=True):
-            right.annotate(
-                repr(token),
-                (change, divergence),
-                xytext=(4, 2),
-                textcoords="offset points",
-                fontsize=8,
-                parse_math=False,
-            )
+        right.scatter(table["change"], table["divergence"], s=8, color="0.8", linewidths=0)
+        right.scatter(first["change"], first["divergence"], s=12, color="0.5", linewidths=0)
+        named = first.head(labelled)
+        colours = sns.color_palette("colorblind", named["next"].nunique())
+        for (token, rows), colour in zip(named.groupby("next", sort=False), colours, strict=True):
+            (dots,) = right.plot(rows["change"], rows["divergence"], "o", ms=5, color=colour, mew=0)
+            dots.set_label(f"{token!r} ({len(rows)})")
+        legend = right.legend(
+            title=f"next token of the first {len(named)}", fontsize=8, title_fontsize=8, frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         right.set(xlabel="length of the change at layer t", ylabel="KL of the next token (nats)", ylim=(0, None))
-        right.set_title("blue: the first of each cluster", loc="left", color=COLOURS["DCT"], fontsize=8)
+        right.set_title("dark: the first of each cluster", loc="left", color="0.4", fontsize=8)
         sns.despine(figure)
     return figure

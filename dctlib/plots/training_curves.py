@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from dctlib.metrics import interval
 from dctlib.plots import COLOURS, errorbar, label_ends, panels, style
@@ -35,17 +35,11 @@ def training_curves(record: Mapping[int, Mapping[str, Any]]) -> Figure:
         times = np.array([fit["seconds"] for fit in record.values()])
         right.loglog(widths, times, "o-", color=COLOURS["DCT"], lw=1.5, ms=4)
         right.loglog(widths, times[-1] * widths / widths[-1], ":", color="0.5", lw=1)
-        right.annotate(
-            "proportional to m",
-            (widths[-2:][0], times[-1] * widths[-2:][0] / widths[-1]),
-            xytext=(6, -18),
-            textcoords="offset points",
-            color="0.4",
-            fontsize=8,
-        )
         right.set(xlabel="width m", ylabel="seconds a fit")
         right.set_xticks(widths, [str(width) for width in widths], rotation=45)
+        right.set_title("dotted: proportional to m", loc="left", color="0.4", fontsize=8)
         right.minorticks_off()
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter("{x:g}")
         sns.despine(figure)
     return figure
