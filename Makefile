@@ -26,8 +26,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# By file, as a file's tests may share what is costly; a thread each, as tiny models gain nothing from a second.
 unit: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first) and 10,000 inputs a loader.
 test-all: test
