@@ -181,7 +181,7 @@ def _surprise(
         raise ValueError(f"got {len(completions)} completions of {n} requests, expected one each")
     read = torch.ones(n, dtype=torch.bool) if read is None else read
     # What follows one request stands together, for a tree of prompts holds the request once.
-    pairs = sorted(((i + by) % n, i) for i in read.nonzero().flatten().tolist() for by in shifts)
+    pairs: list[tuple[int, int]] = sorted(((i + by) % n, i) for i in read.nonzero().flatten().tolist() for by in shifts)
     found = torch.full((n,), torch.nan)
     if pairs:
         each = surprise(model, tokenizer, [Example(prompts[j], completions[i], ends=False) for j, i in pairs]).cpu()

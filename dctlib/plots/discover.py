@@ -38,7 +38,7 @@ def ranked_vectors(table: pd.DataFrame, floor: float, labelled: int = 6) -> Figu
         right.scatter(table["change"], table["divergence"], s=8, color="0.8", linewidths=0)
         right.scatter(first["change"], first["divergence"], s=12, color="0.5", linewidths=0)
         named = first.head(labelled)
-        colours = sns.color_palette("colorblind", named["next"].nunique())
+        colours = sns.color_palette("colorblind", len(set(named["next"])))
         for (token, rows), colour in zip(named.groupby("next", sort=False), colours, strict=True):
             (dots,) = right.plot(rows["change"], rows["divergence"], "o", ms=5, color=colour, mew=0)
             dots.set_label(f"{token!r} ({len(rows)})")
