@@ -82,8 +82,8 @@ def number(value: float, digits: int = 1) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction of 1 as a percentage."""
-    return f"{100 * value:.0f} %"
+    """A fraction of 1 as a percentage, which no line break divides."""
+    return f"{100 * value:.0f}\u00a0%"
 
 
 def markdown_text(value: str) -> str:

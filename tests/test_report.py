@@ -64,5 +64,5 @@ def test_formats():
     assert number(-7.25) == "−7.2"
     assert number(7.25, 2) == "+7.25"
     assert number(0.0) == "0.0"
-    assert percent(0.935) == "94 %"
+    assert percent(0.935) == "94\u00a0%"
     assert markdown_text("a*b\n<c>") == r"a\*b \<c\>"
