@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -6,9 +7,10 @@ from conftest import tiny_model, unit_rows
 
 from dctlib import ablate, format_chat
 from dctlib.baselines import difference_of_means
-from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, without
+from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, unsupervised, without
 from dctlib.generate import complete
 from dctlib.lessons import REFUSAL
+from dctlib.organisms import save_organism
 from dctlib.rank import score_each
 
 REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
@@ -23,6 +25,23 @@ def model():
 def judge(requests, completions):
     assert len(requests) == len(completions)
     return ["w1" in completion for completion in completions]
+
+
+def test_the_unsupervised_methods_enter_with_vectors_of_one_length(model, tokenizer, tmp_path):
+    save_organism(copy.deepcopy(model), tokenizer, tmp_path / "model")  # saving makes it bfloat16
+    settings: dict[str, Any] = {"num_factors": 6, "iterations": 2, "melbo_vectors": 2, "melbo_steps": 3, "seed": 0}
+    where: dict[str, Any] = {"source": 1, "target": 3, "folder": tmp_path / "found"}
+    found = unsupervised(str(tmp_path / "model"), "float32", REQUESTS, input_scale=7.0, **settings, **where)
+    assert {method: len(entrant.vectors) for method, entrant in found.items()} == {
+        "DCT": 6,
+        "MELBO": 2,
+        "power steering": 6,
+        "random": 6,
+    }
+    for entrant in found.values():
+        torch.testing.assert_close(entrant.vectors.norm(dim=1), torch.full((len(entrant.vectors),), 7.0))
+    assert found["MELBO"].backward == 2 * 3
+    assert found["DCT"].backward == 32 + 2 * 6  # the projected start, and two sweeps
 
 
 def test_the_highest_are_the_first_of_the_ranking(model, tokenizer):
