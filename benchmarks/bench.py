@@ -132,15 +132,14 @@ def passes(model: Any, cmap: CausalMap, rows: int) -> dict[str, Any]:
     }
 
 
-def growth(model: Any, tokenizer: Any, texts: list[str], cmap: CausalMap, rows: int) -> dict[str, Any]:
-    """What a pass costs by factors, and a quarter of those by prompts and by tokens."""
-    (tokens,) = cmap.tokens
-    by_factors = {count: a_pass(cmap, count) for count in (rows // 4, rows // 2, rows)}
-    quarter = by_factors[rows // 4]
+def growth(model: Any, tokenizer: Any, texts: list[str], cmap: CausalMap, result: dict[str, Any]) -> dict[str, Any]:
+    """What the pass in `result` costs by factors, and a quarter of those by prompts and by tokens."""
+    rows, (tokens,) = result["factors"], cmap.tokens
+    quarter = a_pass(cmap, rows // 4)
     longer = {n: a_map(model, tokenizer, [texts[0] + " word" * (n - tokens)]) for n in (2 * tokens, 4 * tokens)}
     more = {n: a_map(model, tokenizer, texts[:n]) for n in (2, 4)}
     return {
-        "seconds_by_factors": by_factors,
+        "seconds_by_factors": {rows // 4: quarter, rows // 2: a_pass(cmap, rows // 2), rows: result["seconds_a_pass"]},
         "seconds_by_prompts": {1: quarter} | {n: a_pass(of, rows // 4) for n, of in more.items()},
         "seconds_by_tokens": {tokens: quarter} | {n: a_pass(of, rows // 4) for n, of in longer.items()},
     }
@@ -204,7 +203,7 @@ def main() -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     result |= passes(model, cmap, rows)
-    result |= growth(model, tokenizer, texts, cmap, rows)
+    result |= growth(model, tokenizer, texts, cmap, result)
     result |= whole_fit(cmap, rows)
     result |= scoring(model, tokenizer, texts, rows)
     result |= completing(model, tokenizer, texts)

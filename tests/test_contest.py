@@ -40,8 +40,10 @@ def test_the_unsupervised_methods_enter_with_vectors_of_one_length(model, tokeni
     }
     for entrant in found.values():
         torch.testing.assert_close(entrant.vectors.norm(dim=1), torch.full((len(entrant.vectors),), 7.0))
+    assert (found["random"].forward, found["random"].backward) == (0, 0)
     assert found["MELBO"].backward == 2 * 3
     assert found["DCT"].backward == 32 + 2 * 6  # the projected start, and two sweeps
+    torch.testing.assert_close(found["power steering"].vectors[:3], -found["power steering"].vectors[3:])
 
 
 def test_the_highest_are_the_first_of_the_ranking(model, tokenizer):
