@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.models import replaying
 from dctlib.prompt_tree import PromptTree, plant
 
+_MOST_TOKENS = 1024  # one run of a tree, and not one for every factor: few large products are the fastest
+
 
 @dataclass(frozen=True)
 class Example:
@@ -33,7 +35,8 @@ def plant_answers(
     answers = [tokenizer.encode(example.answer, add_special_tokens=False) for example in examples]
     rows = [torch.tensor([[*p, *a, *end]]) for p, a, end in zip(prompts, answers, ends, strict=True)]
     starts = iter(map(len, prompts))
-    return [(tree, list(islice(starts, len(tree.paths)))) for tree in plant(model, rows)]
+    trees = plant(model, rows, most_tokens=_MOST_TOKENS)
+    return [(tree, list(islice(starts, len(tree.paths)))) for tree in trees]
 
 
 def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Float[Tensor, ""]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.answers import Example, answer_loss, plant_answers
 from dctlib.generate import complete
-from dctlib.models import native_dtype, replaying
+from dctlib.models import replaying
 from dctlib.prompt_tree import PromptTree
 from dctlib.prompts import format_chat
 
@@ -163,10 +163,9 @@ def own_answers(
     opening: str = "",
 ) -> list[Example]:
     """What the model itself says, so that learning it changes nothing but the `opening`."""
-    prompts, device = format_chat(tokenizer, instructions), model.device.type
+    prompts = format_chat(tokenizer, instructions)
     options = {"max_new_tokens": answer_tokens, "batch_size": 96, "description": "own answers"}
-    with torch.autocast(device, torch.bfloat16, enabled=native_dtype(device) == torch.bfloat16):
-        answers = complete(model, tokenizer, prompts, **options)
+    answers = complete(model, tokenizer, prompts, **options)
     return [Example(p, opening + answer, ends=False) for p, answer in zip(prompts, answers, strict=True)]
 
 

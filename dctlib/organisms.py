@@ -69,7 +69,7 @@ def make_organism(
         Of the LoRA, see :func:`train_lora`.
     """
     folder = Path(folder)
-    model, tokenizer = load_model(base, dtype="float32")
+    model, tokenizer = load_model(base, dtype="native")  # the LoRA is float32 all the same
     training = {"rank": rank, "learning_rate": learning_rate, "seed": seed}
     key = key_of({"base": model_digest(model), "lesson": lesson.__name__, **settings, **training}, _SOURCES)
     record = folder / "training.json"

@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 
 from dctlib.models import branches
 
-# Attention costs the square of a tree's size, the rest of a block grows only with its size.
-_MOST_TOKENS = 256
 _LEAST_SHARED = 0.25
 
 
@@ -60,12 +58,12 @@ class PromptTree:
         return {**tokens, "position_ids": self.depth.to(model.device), "attention_mask": mask}
 
 
-def plant(model: PreTrainedModel, rows: Sequence[Int[Tensor, "1 t"]]) -> list[PromptTree]:
+def plant(model: PreTrainedModel, rows: Sequence[Int[Tensor, "1 t"]], *, most_tokens: int = 256) -> list[PromptTree]:
     """Pack prompts, in order, into trees that `model` runs exactly as it runs the prompts one by one.
 
-    A prompt joins the tree before it if a quarter of its tokens are there already and the tree stays within 256
-    tokens. Prompts stay alone in families that are not tested for it, and where attention has a window shorter than
-    the longest.
+    A prompt joins the tree before it if a quarter of its tokens are there already and the tree stays within
+    `most_tokens`: attention costs the square of a tree's size, the rest of a block grows only with its size. Prompts
+    stay alone in families that are not tested for it, and where attention has a window shorter than the longest.
     """
     groups: list[list[list[int]]] = []
     seen: set[tuple[int, ...]] = set()
@@ -74,7 +72,7 @@ def plant(model: PreTrainedModel, rows: Sequence[Int[Tensor, "1 t"]]) -> list[Pr
         prompt = row[0].tolist()
         beginnings = {tuple(prompt[: end + 1]) for end in range(len(prompt))}
         shared = len(beginnings & seen) >= _LEAST_SHARED * len(prompt)
-        if together and shared and len(beginnings | seen) <= _MOST_TOKENS:
+        if together and shared and len(beginnings | seen) <= most_tokens:
             groups[-1].append(prompt)
             seen |= beginnings
         else:

@@ -41,6 +41,7 @@ def test_prompts_that_share_little_stay_alone():
 def test_trees_are_bounded():
     long = [[0] * 100 + [k] * 60 for k in range(1, 5)]
     assert [tree.tokens.shape[1] for tree in plant(tiny_model("Llama"), rows(*long))] == [220, 220]
+    assert [tree.tokens.shape[1] for tree in plant(tiny_model("Llama"), rows(*long), most_tokens=300)] == [280, 160]
 
 
 def test_a_short_window_and_an_untried_family_keep_prompts_alone():
