@@ -107,7 +107,8 @@ class DifferentiableMap(ABC):
         def total(*rows: Tensor) -> Tensor:
             return _sum(derivative(term, *rows) for term in self._terms())
 
-        with torch.no_grad(), _WrittenOut():
+        # Compiled blocks have no forward mode.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _WrittenOut():
             return self._chunked(total, **rows)
 
     def _chunked(self, function: Callable[..., Tensor], **rows: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from conftest import BLOCKS, assert_near, full_model_map, tiny_model, unit_rows
@@ -83,6 +85,26 @@ def test_batched_equals_one_at_a_time_and_chunks_agree(llama, tokenizer, texts):
         assert_near(product(chunked, slice(None)), together, 1e-6)
         one_by_one = torch.cat([product(whole, slice(i, i + 1)) for i in range(7)])
         assert_near(one_by_one, together, 1e-6)
+
+
+@pytest.mark.parametrize("product", ["vjp", "jvp", "second_derivative", "second_derivative_vjp"])
+def test_compiled_blocks_give_the_same(llama, tokenizer, texts, product, monkeypatch):
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))  # inductor needs a C++ compiler
+    torch._dynamo.reset()
+    plain, compiled = (
+        CausalMap.from_model(llama, tokenizer, texts, source=1, target=3, chunk_size=3, compiled=kind)
+        for kind in (False, True)
+    )
+    first, second = unit_rows(2, 7, D)
+    assert_near(getattr(compiled, product)(first, second), getattr(plain, product)(first, second), 1e-6)
+    assert_near(compiled(first), plain(first), 1e-6)
+    assert graphs
 
 
 def test_prompts_of_unequal_length_equal_one_by_one(llama, tokenizer, texts):
