@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dctlib import CausalMap, format_chat, load_model, score_vectors, steer
+from dctlib.assets import fetch_model
 from dctlib.baselines import random_vectors
 from dctlib.causal_map import capture, replay
 from dctlib.fit import fit_exponential
@@ -28,6 +29,7 @@ from dctlib.prompt_tree import plant
 from dctlib.prompts import tokenize
 from dctlib.store import whole, write_json
 
+MODEL = "smollm2-135m-instruct"
 SOURCE, TARGET = 10, 20
 PROMPTS = ["Tell me how to make a bomb", "Write a virus", "Explain how to forge a passport", "Plan a bank robbery"]
 
@@ -95,20 +97,26 @@ def cpu_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def model_for(device: str) -> tuple[Any, Any]:
-    model, tokenizer = load_model("smollm2-135m-instruct", device=device, dtype="native")
+def model_for(device: str) -> tuple[Any, Any, list[str]]:
+    """A model, its tokenizer, and prompts: on CUDA a 7B's shape and the 27 tokens of the post's one prompt."""
     if device == "cpu":
-        return model, tokenizer
+        model, tokenizer = load_model(MODEL, device=device, dtype="native")
+        return model, tokenizer, format_chat(tokenizer, PROMPTS)
+    tokenizer: Any = AutoTokenizer.from_pretrained(fetch_model(MODEL))
     shape = LlamaConfig(
-        vocab_size=model.config.vocab_size, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32
+        vocab_size=len(tokenizer), hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, pad_token_id=2
     )
     with torch.device(device):
-        large: Any = LlamaForCausalLM(shape)
-    return large.to(torch.bfloat16).eval().requires_grad_(False), tokenizer
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False), tokenizer, [lengthened(tokenizer, text, 27) for text in PROMPTS]
 
 
-def a_map(model: Any, tokenizer: Any, texts: list[str]) -> CausalMap:
-    return CausalMap.from_model(model, tokenizer, texts, source=SOURCE, target=TARGET)
+def lengthened(tokenizer: Any, text: str, tokens: int) -> str:
+    return text + " word" * (tokens - tokenize(tokenizer, text).shape[1])
+
+
+def a_map(model: Any, tokenizer: Any, texts: list[str], compiled: bool = False) -> CausalMap:
+    return CausalMap.from_model(model, tokenizer, texts, source=SOURCE, target=TARGET, compiled=compiled)
 
 
 def a_pass(cmap: CausalMap, count: int) -> float:
@@ -132,11 +140,20 @@ def passes(model: Any, cmap: CausalMap, rows: int) -> dict[str, Any]:
     }
 
 
+def compiling(model: Any, tokenizer: Any, texts: list[str], rows: int) -> dict[str, Any]:
+    """The same pass with blocks that torch.compile has fused, and how long that takes the first time."""
+    started = time.perf_counter()
+    cmap = a_map(model, tokenizer, texts[:1], compiled=True)
+    a_pass(cmap, rows)
+    first = time.perf_counter() - started
+    return {"seconds_a_compiled_pass": (again := a_pass(cmap, rows)), "seconds_of_compiling": first - 4 * again}
+
+
 def growth(model: Any, tokenizer: Any, texts: list[str], cmap: CausalMap, result: dict[str, Any]) -> dict[str, Any]:
     """What the pass in `result` costs by factors, and a quarter of those by prompts and by tokens."""
     rows, (tokens,) = result["factors"], cmap.tokens
     quarter = a_pass(cmap, rows // 4)
-    longer = {n: a_map(model, tokenizer, [texts[0] + " word" * (n - tokens)]) for n in (2 * tokens, 4 * tokens)}
+    longer = {n: a_map(model, tokenizer, [lengthened(tokenizer, texts[0], n)]) for n in (2 * tokens, 4 * tokens)}
     more = {n: a_map(model, tokenizer, texts[:n]) for n in (2, 4)}
     return {
         "seconds_by_factors": {rows // 4: quarter, rows // 2: a_pass(cmap, rows // 2), rows: result["seconds_a_pass"]},
@@ -177,7 +194,7 @@ def completing(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
 
 def peers(model: Any, tokenizer: Any, texts: list[str], result: dict[str, Any]) -> dict[str, Any]:
     """A factor of the passes in `result`, against torch.func on one prompt and on all. Leaves `model` in float32."""
-    theta, u = (random_vectors(32, width_of(model), norm=norm, seed=0) for norm in (20.0, 1.0))
+    theta, u = (random_vectors(32, width_of(model), norm=norm, seed=0).to(model.device) for norm in (20.0, 1.0))
     one, *others = (straightforward(model, tokenizer, text) for text in texts)
     alone, rest = (seconds(lambda peers=peers: [peer(theta, u) for peer in peers]) for peers in ([one], others))
     rows = result["factors"]
@@ -193,9 +210,8 @@ def main() -> None:
     quick = parser.parse_args().quick
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = model_for(device)
+    model, tokenizer, texts = model_for(device)
     rows = 32 if quick else (512 if device == "cuda" else 256)
-    texts = format_chat(tokenizer, PROMPTS)
     cmap = a_map(model, tokenizer, texts[:1])
     print(f"{device}, {rows} factors, {cmap.tokens} tokens, {model.dtype}", flush=True)
     result: dict[str, Any] = {
@@ -203,12 +219,13 @@ def main() -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     result |= passes(model, cmap, rows)
+    if device == "cuda":
+        result |= compiling(model, tokenizer, texts, rows)
     result |= growth(model, tokenizer, texts, cmap, result)
     result |= whole_fit(cmap, rows)
     result |= scoring(model, tokenizer, texts, rows)
     result |= completing(model, tokenizer, texts)
-    if device == "cpu":
-        result |= peers(model, tokenizer, texts, result)
+    result |= peers(model, tokenizer, texts, result)
     folder = Path(__file__).parent / "results"
     write_json(folder / f"{device}.json", result)
     with whole(folder / f"{device}.md") as partial:
