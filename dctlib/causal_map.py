@@ -160,8 +160,8 @@ class CausalMap(DifferentiableMap):
         self.scale = torch.cat([c.hidden[0] for c in captures]).to(self.dtype).norm(dim=1).median().item()
         self.chunk_size = chunk_size or _chunk_size(self, captures, memory)
         self._model, self._captures = model, captures
-        blocks = blocks_of(model)[source:target]
-        self._blocks = [torch.compile(block) for block in blocks] if compiled else list(blocks)
+        blocks: list[Any] = list(blocks_of(model)[source:target])
+        self._blocks: list[Any] = [torch.compile(block) for block in blocks] if compiled else blocks
         with torch.no_grad(), self._running():
             zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device)
             self._at_zero = torch.stack([term(zero)[0] for term in self._terms()]).sum(0)

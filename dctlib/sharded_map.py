@@ -131,7 +131,7 @@ class ShardedMap(DifferentiableMap):
 class _Shard:
     """An actor: the map on its device. Built at the first call, so that an error of it reaches the caller as itself."""
 
-    def __init__(self, model: str, texts: list[str], where: dict[str, int], loading: dict[str, Any], threads: int):
+    def __init__(self, model: str, texts: list[str], where: dict[str, Any], loading: dict[str, Any], threads: int):
         self._recipe = model, texts, where, loading
         torch.set_num_threads(threads)
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from conftest import assert_near, full_model_map, tiny_model, unit_rows
@@ -7,7 +9,8 @@ from dctlib import CausalMap, calibrate, fit_exponential, fit_linear, fit_quadra
 from dctlib.concatenated_map import ConcatenatedMap
 from dctlib.fit import remembered
 
-D, SLICE = 32, {"source": 1, "target": 3}
+D = 32
+SLICE: dict[str, Any] = {"source": 1, "target": 3}
 PROMPTS = {
     "apart": ["w0 w1 w2 w3 w4 w5 w6 w7 w8", "w9 w10 w11 w12", "w13 w14 w15 w16 w17 w18 w19"],
     "in one tree": ["w0 w1 w2 w3 w4", "w0 w1 w2 w5 w6 w7", "w0 w1 w8 w9"],

@@ -1,6 +1,7 @@
 """A GPU gives what a CPU gives, and what does not fit it is done in smaller parts. Skipped where there is no GPU."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from dctlib.generate import complete
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-D, AT = 32, {"source": 1, "target": 3}
+D = 32
+AT: dict[str, Any] = {"source": 1, "target": 3}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -156,7 +158,8 @@ def test_what_does_not_fit_is_done_in_halves(llamas, tokenizer, texts):
 @pytest.mark.parametrize("memory", [0.125, 0.5])
 def test_a_product_stays_within_its_memory(tokenizer, texts, memory):
     shape = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1376, num_hidden_layers=6)
-    model = LlamaForCausalLM(shape).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    model: Any = LlamaForCausalLM(shape)
+    model.to("cuda", torch.bfloat16).eval().requires_grad_(False)
     cmap = CausalMap.from_model(model, tokenizer, texts, source=1, target=5, memory=memory)
     theta, u = (rows.cuda() for rows in unit_rows(2, 4 * cmap.chunk_size, 512, dtype=torch.float32))
     cmap.vjp(theta[:1], u[:1])

@@ -12,7 +12,7 @@ from dctlib.organisms import save_organism
 from dctlib.pinned_model import pin
 
 INSTRUCTIONS = ["w0 w1 w2", "w3 w4"]
-SLICE = {"source": 1, "target": 3}
+SLICE: dict[str, Any] = {"source": 1, "target": 3}
 SETTINGS = {
     "exponential": {"num_factors": 6, "iterations": 2, "seed": 0},
     "quadratic": {"num_factors": 3, "iterations": 2, "seed": 0},

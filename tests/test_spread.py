@@ -3,6 +3,8 @@
 Several GPUs differ in the device alone; no machine that we have had can test that.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import assert_near, tiny_model, unit_rows
@@ -13,7 +15,7 @@ from dctlib.effects import effects, growth
 from dctlib.generate import complete
 from dctlib.store import model_digest
 
-AT = {"source": 1, "target": 3}
+AT: dict[str, Any] = {"source": 1, "target": 3}
 
 
 @pytest.fixture(scope="module", params=["the slice", "all but the embeddings"])
