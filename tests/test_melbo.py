@@ -86,12 +86,15 @@ def test_fifteen_products_are_enough_where_singular_values_are_apart():
 
 
 def test_power_steering_at_a_scale_uses_the_jacobian_there():
-    cmap = saturating()
+    def grows(t):  # Δ(θ) = 4 ⟨v₀, θ⟩ u₀ + 2 ‖θ‖² ⟨v₁, θ⟩ u₁: flat along v₁ at 0, and steep far out
+        return 4 * (t @ V[:1].T) * U[0] + 2 * t.square().sum(-1, keepdim=True) * (t @ V[1:2].T) * U[1]
+
+    cmap = FunctionMap(grows, d_source=D, d_target=D, dtype=torch.float64)
     at_zero, far = (power_steering(cmap, num_vectors=1, input_scale=R, iterations=40, progress=False) for R in (0, 3.0))
     assert (at_zero.V[0] @ V[0]).abs() > 0.99
-    torch.testing.assert_close(at_zero.gain, torch.tensor([9.0], dtype=torch.float64))
-    assert (far.V[0] @ V[0]).abs() < 0.5  # its tanh is flat at 3 v
-    torch.testing.assert_close(far.gain, cmap.jvp(3.0 * far.V, far.V).norm(dim=1))
+    assert (far.V[0] @ V[1]).abs() > 0.99
+    torch.testing.assert_close(at_zero.gain, torch.tensor([4.0], dtype=torch.float64))
+    torch.testing.assert_close(far.gain, torch.tensor([54.0], dtype=torch.float64))  # 2 R² + 4 R²
 
 
 @settings(max_examples=12, deadline=None)
