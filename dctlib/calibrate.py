@@ -1,6 +1,7 @@
 """The input scale R: how long a steering vector must be before the map stops being linear."""
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
     if not linear.norm() > 0:
         raise ValueError("the map's Jacobian at 0 vanishes along random directions, so no scale relates to it")
 
+    @cache  # the bracket's ends are asked for three times over
     def excess(log_scale: float) -> float:
         scale = math.exp(log_scale)
         ratio = (cmap(scale * directions) / scale - linear).norm() / linear.norm()

@@ -150,12 +150,12 @@ def read(
         strength: complete_each(model, tokenizer, texts, strength * vectors, layer=layer, **options)
         for strength in strengths
     }
-    perplexity, fluent = [], []
-    for said in steered[strengths[0]]:
-        found = fluency(model, tokenizer, instructions, said).clamp(max=1e6)
-        perplexity.append(torch.median(found).item())
-        new = [answer != before and not is_repetitive(answer) for answer, before in zip(said, clean, strict=True)]
-        fluent.append(((found.cpu() <= most_perplexity) & torch.tensor(new)).float().mean().item())
+    first = steered[strengths[0]]
+    flat = [answer for said in first for answer in said]
+    found = fluency(model, tokenizer, [*instructions] * len(first), flat).clamp(max=1e6).cpu().view(len(first), -1)
+    new = [[a != before and not is_repetitive(a) for a, before in zip(said, clean, strict=True)] for said in first]
+    perplexity = [torch.median(row).item() for row in found]
+    fluent = ((found <= most_perplexity) & torch.tensor(new)).float().mean(1).tolist()
     return Reading(list(clean), steered, perplexity, fluent)
 
 
