@@ -45,6 +45,18 @@ def test_on_a_transformer(tokenizer, texts):
     assert nonlinearity_of(cmap, calibrate(cmap)) == pytest.approx(0.5, rel=1e-3)
 
 
+def test_no_scale_is_tried_twice(monkeypatch):
+    tried, value = [], FunctionMap.__call__
+
+    def noted(cmap, theta):
+        tried.append(theta[0].norm().item())
+        return value(cmap, theta)
+
+    monkeypatch.setattr(FunctionMap, "__call__", noted)
+    calibrate(saturating())
+    assert len(tried) == len(set(tried)) > 3
+
+
 def test_seeds():
     assert calibrate(saturating(), seed=1) == calibrate(saturating(), seed=1) != calibrate(saturating(), seed=2)
 
