@@ -95,6 +95,7 @@ def test_power_steering_at_a_scale_uses_the_jacobian_there():
     assert (far.V[0] @ V[1]).abs() > 0.99
     torch.testing.assert_close(at_zero.gain, torch.tensor([4.0], dtype=torch.float64))
     torch.testing.assert_close(far.gain, torch.tensor([54.0], dtype=torch.float64))  # 2 R² + 4 R²
+    torch.testing.assert_close(far.gain, cmap.jvp(3.0 * far.V, far.V).norm(dim=1))
 
 
 @settings(max_examples=12, deadline=None)
