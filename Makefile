@@ -30,9 +30,10 @@ lint: $(READY)
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-# For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first) and 10,000 inputs a loader.
+# For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first), and inputs of properties
+# that are new every time, 10,000 a loader.
 test-all: test
-	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow"
+	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow" --hypothesis-profile=default
 
 # The whole pipeline at smoke size, in a copy of this tree, so that neither params/run.yaml nor dvc.lock here changes.
 smoke: $(READY)

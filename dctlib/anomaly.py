@@ -91,8 +91,9 @@ def auroc(clean: Float[Tensor, " n"], anomalous: Float[Tensor, " k"], *, seed: i
     x, y = anomalous.double().cpu()[:, None], clean.double().cpu()
     above = (x > y).double() + (x == y).double() / 2  # (k, n), whose mean is Mann and Whitney's U
     generator = np.random.default_rng(seed)
-    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n for n in above.shape)
-    low, high = np.quantile(((rows @ above.numpy()) * columns).sum(1), [0.025, 0.975])
+    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) for n in above.shape)
+    counted = ((rows @ above.numpy()) * columns).sum(1)  # halves and whole numbers, so exact
+    low, high = np.quantile(counted / above.numel(), [0.025, 0.975])
     return Interval(above.mean().item(), float(low), float(high))
 
 
