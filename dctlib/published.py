@@ -1,7 +1,7 @@
 """What the post reports beside what we measured, and which of its claims replicate: one rule a claim, in code."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -23,18 +23,23 @@ class Replication:
         What was measured → (our number, the post's), with None where one of them gives none.
     claims : dict
         A claim of the post → whether our numbers bear it out.
+    controls : dict
+        What the post does not report and a claim needs, such as that random vectors fail → whether it is so here.
     """
 
     numbers: dict[str, tuple[float | None, float | None]]
     claims: dict[str, bool]
+    controls: dict[str, bool] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
-        """Which claims replicate, and which do not."""
+        """Which claims replicate, and which do not; which controls hold, and which fail."""
+        verdicts = [("Replicates", self.claims, True), ("Does not replicate", self.claims, False)]
+        verdicts += [("Control, holds", self.controls, True), ("Control, fails", self.controls, False)]
         parts = []
-        for verdict, holds in (("Replicates", True), ("Does not replicate", False)):
-            if claims := [claim for claim, held in self.claims.items() if held == holds]:
-                parts.append(f"**{verdict}**: {'; '.join(claims)}.")
+        for verdict, rules, holds in verdicts:
+            if named := [rule for rule, held in rules.items() if held == holds]:
+                parts.append(f"**{verdict}**: {'; '.join(named)}.")
         return " ".join(parts)
 
     @property
@@ -73,12 +78,19 @@ def published() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "writeup" / "published.yaml").read_text(encoding="utf-8"))
 
 
+def restored(locked: float, steered: float, unlocked: float) -> float:
+    """How much of the accuracy that a lock took a vector gives back; 0 where it took none."""
+    return (steered - locked) / (unlocked - locked) if unlocked > locked else 0.0
+
+
 def _cell(number: float | None) -> str:
     return "" if number is None else f"{number:.3g}"
 
 
 def _training_curves(ours: Results, post: Results) -> Replication:
-    widest = list(ours["width"].values())[-1]["objective"]
+    width, curve = next(reversed(ours["width"].items()))
+    objective = curve["objective"]
+    last_step = abs(objective[-1] - objective[-2:][0])
     return Replication(
         {
             "test score of the best exponential vector": (
@@ -89,32 +101,33 @@ def _training_curves(ours: Results, post: Results) -> Replication:
             "test score without a vector": (ours["clean"], None),
         },
         {
-            "the best DCT vector turns refusal into compliance, the best random vector does not": ours["dct_best"]
-            > 0
-            > ours["random_best"],
-            "wide fits converge within ten iterations": abs(widest[-1] - widest[-2:][0]) < 0.05 * abs(widest[-1]),
-            "causal importance rises while a wide fit is trained": widest[-1] > widest[0],
+            "the best DCT vector turns refusal into compliance": ours["dct_best"] > 0 > ours["clean"],
+            f"a fit of {width} factors settles within {len(objective)} iterations": last_step
+            < 0.1 * (max(objective) - min(objective)),
+            f"causal importance rises while {width} factors are fitted": objective[-1] > objective[0],
         },
+        {"the best random vector does not": ours["random_best"] < 0},
     )
 
 
 def _sample_complexity(ours: Results, post: Results) -> Replication:
     order = ("exponential", "quadratic", "linear_projected", "linear")
     names = {method: method.replace("linear_projected", "projected linear") for method in order}
-    most = list(ours["exponential"])[-1]
+    least, most = (list(ours["exponential"])[end] for end in (0, -1))
     means = [ours[method][most]["mean"] for method in order]
-    floor = ours["random"]["0"]["mean"]
     return Replication(
         {
             f"{names[method]}, n = {most} here, n = 8 there": (mean, post["sample_complexity"][method][3][0])
             for method, mean in zip(order, means, strict=True)
         },
         {
-            "every method beats random vectors": min(means) > floor,
             "exponential fits score highest": means[0] == max(means),
             "quadratic fits score above linear ones": means[1] > max(means[2:]),
-            "a full linear fit does no better than no vector": means[3] <= ours["clean"] + 3,
+            "projected linear fits score above full ones": means[2] > means[3],
+            f"exponential fits gain from more instructions, n = {most} against {least}": means[0]
+            > ours["exponential"][least]["mean"],
         },
+        {"every method beats random vectors": min(means) > ours["random"]["0"]["mean"]},
     )
 
 
@@ -134,7 +147,8 @@ def _multiplicity(ours: Results, post: Results) -> Replication:
     return Replication(
         numbers | {f"test score, {label}": (ours[row], table[row]) for row, label in rows.items()},
         {
-            "many factors, not one, unlock the model": ours["count"] >= ours["of"] / 4,
+            "a quarter of the factors or more score at least 5": ours["count_at_least_5"] >= ours["of"] / 4,
+            f"a quarter or more score at least {ours['threshold']:g}": ours["count"] >= ours["of"] / 4,
             "they are no copies of one direction": ours["mean_abs_cosine"] < 0.5,
             **{
                 f"{name} beats the average vector and not the best": ours["average"] < ours[name] < ours["max"]
@@ -155,12 +169,16 @@ def _ablation(ours: Results, post: Results) -> Replication:
     claims = {}
     for side in tables:
         aggregates = [ours[side][name] for name in ("v_avg", "v_svd")]
+        claims[f"ablating a single {side} direction scores below zero on average"] = ours[side]["average"] < 0
         claims[f"ablating an aggregate {side} direction beats the average single one"] = (
             min(aggregates) > ours[side]["average"]
         )
         claims[f"ablating the better aggregate beats even the best single {side} direction"] = (
             max(aggregates) > ours[side]["max"]
         )
+    claims["target directions score lower than source ones, in every row"] = all(
+        ours["target"][row] < ours["source"][row] for row in rows
+    )
     return Replication(
         {
             f"{side}, {label}": (ours[side][row], table[row])
@@ -179,7 +197,10 @@ def _deeper_models(ours: Results, _post: Results) -> Replication:
     return Replication(
         {f"best vector, t − s = {middle}, {where}": (mean, None) for where, mean in fixed.items()},
         {
-            f"one depth horizon, t − s = {middle}, unlocks the model from every source layer": min(fixed.values()) > 0,
+            f"a fixed depth horizon suffices: with t − s = {middle} every source layer tried unlocks the model": min(
+                fixed.values()
+            )
+            > 0,
         },
     )
 
@@ -194,10 +215,8 @@ def _circuit_breaker(ours: Results, post: Results) -> Replication:
             "attack success, no vector": (ours["clean_asr"], None),
             "attack success, Zou et al.'s own latent attack": (None, there["prior_latent_attack"]),
         },
-        {
-            "a DCT vector gets past the circuit breaker": ours["test"]["DCT"]["low"] > ours["test"]["none"]["high"],
-            "random vectors get past it less often": ours["test"]["DCT"]["low"] > ours["test"]["random"]["high"],
-        },
+        {"a DCT vector gets past the circuit breaker": ours["test"]["DCT"]["low"] > ours["test"]["none"]["high"]},
+        {"random vectors get past it less often": ours["test"]["DCT"]["low"] > ours["test"]["random"]["high"]},
     )
 
 
@@ -210,13 +229,19 @@ def _password_locked(ours: Results, post: Results) -> Replication:
         {
             **numbers,
             "accuracy, best random vector": (ours["random"], None),
+            "share of the lost accuracy restored": (
+                restored(ours["locked"], ours["steered"], ours["unlocked"]),
+                restored(there["locked"], there["steered"], there["unlocked_by_password"]),
+            ),
             "share of vectors that solve anything": (above, there["vectors_above_zero"] / 512),
         },
         {
-            "a vector restores at least a quarter of what the password unlocks": ours["steered"]
-            >= ours["unlocked"] / 4,
-            "random vectors do not": ours["test"]["steered"]["low"] > ours["test"]["random"]["high"],
+            "a vector restores at least a quarter of what the lock took": restored(
+                ours["locked"], ours["steered"], ours["unlocked"]
+            )
+            >= 0.25,
         },
+        {"random vectors restore less": ours["test"]["steered"]["low"] > ours["test"]["random"]["high"]},
     )
 
 

@@ -17,8 +17,10 @@ def test_every_rule_reads_what_its_notebook_writes(notebook):
     assert list(found.table) == ["measured", "published"]
     assert len(found.table) == len(found.numbers)
     assert found.claims
-    assert all(isinstance(holds, bool) for holds in found.claims.values())
-    assert all(claim in found._repr_markdown_() for claim in found.claims)
+    rules = found.claims | found.controls
+    assert len(rules) == len(found.claims) + len(found.controls)
+    assert all(isinstance(holds, bool) for holds in rules.values())
+    assert all(rule in found._repr_markdown_() for rule in rules)
 
 
 def test_every_rule_has_a_notebook():
@@ -32,13 +34,31 @@ def breaker(dct, random):
 
 
 @pytest.mark.parametrize(
-    ("dct", "random", "claims"), [(0.9, 0.2, [True, True]), (0.9, 0.9, [True, False]), (0, 0, [False, False])]
+    ("dct", "random", "claim", "control"), [(0.9, 0.2, True, True), (0.9, 0.9, True, False), (0, 0, False, False)]
 )
-def test_a_claim_holds_only_where_intervals_part(dct, random, claims):
+def test_a_claim_holds_only_where_intervals_part(dct, random, claim, control):
     found = beside("circuit_breaker", breaker(dct, random))
-    assert list(found.claims.values()) == claims
-    assert found.sentence.startswith("**Replicates**" if any(claims) else "**Does not replicate**")
-    assert ("Does not replicate" in found.sentence) == (not all(claims))
+    assert [*found.claims.values(), *found.controls.values()] == [claim, control]
+    assert found.sentence.startswith("**Replicates**" if claim else "**Does not replicate**")
+    assert ("Does not replicate" in found.sentence) == (not claim)
+    assert ("Control, holds" in found.sentence, "Control, fails" in found.sentence) == (control, not control)
+
+
+@pytest.mark.parametrize(
+    ("locked", "steered", "unlocked", "share"), [(0.03, 0.23, 0.65, 0.32), (0, 0.5, 0.5, 1), (0.1, 0.1, 0.1, 0)]
+)
+def test_what_a_vector_restores_is_counted_from_the_locked_model(locked, steered, unlocked, share):
+    assert published.restored(locked, steered, unlocked) == pytest.approx(share, abs=0.005)
+
+
+def curves(objective):
+    return {"clean": -9.0, "random_best": -2.0, "dct_best": 8.0, "width": {"4": {"objective": objective}}}
+
+
+@pytest.mark.parametrize(("objective", "settles"), [([1, 8, 10, 10.1], True), ([1, 4, 7, 10], False), ([3], False)])
+def test_a_fit_has_settled_once_its_last_step_is_small_beside_its_rise(objective, settles):
+    rule = f"a fit of 4 factors settles within {len(objective)} iterations"
+    assert beside("training_curves", curves(objective)).claims[rule] == settles
 
 
 def test_a_notebook_with_nothing_published_is_refused():
