@@ -154,7 +154,7 @@ def read(
     flat = [answer for said in first for answer in said]
     found = fluency(model, tokenizer, [*instructions] * len(first), flat).clamp(max=1e6).cpu().view(len(first), -1)
     new = [[a != before and not is_repetitive(a) for a, before in zip(said, clean, strict=True)] for said in first]
-    perplexity = [torch.median(row).item() for row in found]
+    perplexity = found.quantile(0.5, dim=1).tolist()
     fluent = ((found <= most_perplexity) & torch.tensor(new)).float().mean(1).tolist()
     return Reading(list(clean), steered, perplexity, fluent)
 
@@ -246,14 +246,15 @@ def discover(
         Of the random vectors to compare with.
     """
     vectors, texts = dct.steering_vectors(norm), format_chat(tokenizer, instructions)
-    table = measure(model, tokenizer, cmap, dct, vectors, texts, layer=layer, words=words, progress=progress)
+    options: dict[str, Any] = {"layer": layer, "words": words, "progress": progress}
+    table = measure(model, tokenizer, cmap, dct, strengths[0] * vectors, texts, **options)
     speaking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
     asked = (model, tokenizer, instructions, complete(model, tokenizer, texts, **speaking))
     speaking["layer"] = layer
     everything = read(*asked, vectors, strengths=strengths[:1], **speaking)
     table = table.assign(fluent=everything.fluent, perplexity=everything.perplexity)
     ranked = distinct(table, vectors, by=rank_by)
-    chance = random_vectors(len(vectors), cmap.d_source, norm=norm, seed=seed)
+    chance = random_vectors(len(vectors), cmap.d_source, norm=strengths[0] * norm, seed=seed)
     floor = effects(model, tokenizer, texts, chance, layer=layer, progress=progress).divergence.mean(1).max().item()
     first = ranked.drop_duplicates("alike").head(shown)["vector"].tolist()
     reading = everything.of(first)

@@ -85,7 +85,7 @@ def median_errors(
     for kind in ("random", "factors"):
         v = along[kind][: max(1, count // 4)]
         errors[f"Hessian, {kind}"] = hessian_error(cmap, dct, v, v)
-    return {kind: error.median().item() for kind, error in errors.items()}
+    return {kind: error.quantile(0.5).item() for kind, error in errors.items()}
 
 
 def merged(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
