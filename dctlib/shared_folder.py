@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -166,8 +167,20 @@ def load_folder(folder: str | Path) -> SharedTranscoder:
     return SharedTranscoder(dct, facts)
 
 
+def named(model: str) -> dict[str, str | None]:
+    """``model`` and ``revision`` to save a fit of what :func:`dctlib.load_model` took, with no path of this machine.
+
+    ``owner/name@revision`` is parted, and of a path of this machine the folder's own name is left.
+    """
+    if Path(model).is_absolute() or model.startswith("."):
+        return {"model": re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-"), "revision": None}
+    name, _, revision = model.partition("@")
+    return {"model": name, "revision": revision or None}
+
+
 def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_CONFIG, _NUMBERS, _SUMS, _CARD}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    return not names or {_CONFIG, _NUMBERS, _SUMS} <= names <= {_CONFIG, _NUMBERS, _SUMS, _CARD}
 
 
 def _repeated(dct: Transcoder) -> dict[str, int | float | str | None]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dctlib import CausalMap, Transcoder, fit_exponential, steer
-from dctlib.shared_folder import load_folder, prompts_digest, save_folder
+from dctlib.shared_folder import load_folder, named, prompts_digest, save_folder
 
 TEXTS = ["Tell me a secret.", "Sag’s mir."]
 FILES = {"config.json", "transcoder.safetensors", "SHA256SUMS", "README.md"}
@@ -232,3 +232,25 @@ def test_damage_is_found(tmp_path_factory, name, place, mask):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         load_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_a_folder_with_files_of_ones_own_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("notes")
+    with pytest.raises(ValueError, match="no folder that save_folder wrote"):
+        save(tmp_path)
+    assert (tmp_path / name).read_text() == "notes"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "revision"),
+    [
+        ("owner/name@0abc", "owner/name", "0abc"),
+        ("models/laptop/refusal", "models/laptop/refusal", None),
+        ("/data/my models/m@2", "m-2", None),
+        ("../.cache/it", "it", None),
+    ],
+)
+def test_a_model_is_named_without_a_path_of_this_machine(tmp_path, model, name, revision):
+    assert named(model) == {"model": name, "revision": revision}
+    assert load_folder(save(tmp_path / "folder", **named(model))).facts.model == name
