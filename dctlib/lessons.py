@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -77,15 +77,17 @@ def rerouting_lesson(
     steps: int,
     target_batch: int,
     refusal_batch: int,
+    stray_batch: int,
     benign_batch: int,
     seed: int,
 ) -> Lesson:
     """Circuit breaking (Zou et al. 2024): scramble what the model computes on harmful requests, keep it on benign ones.
 
     The loss is c_r · mean relu(cos(new, old)) of the residual stream at `reroute_layers`, over a harmful request's
-    last prompt positions and its answer (`target_batch` of AdvBench's compliant openings and `refusal_batch`
-    refusals), plus 4 c_b · ‖new − old‖ / ‖old‖ at `keep_layers` over benign conversations. "Old" is the model
-    without its LoRA. c_r falls from 1 to ½ and c_b rises from ¼ to 1 over the training.
+    last prompt positions and its answer, plus 4 c_b · ‖new − old‖ / ‖old‖ at `keep_layers` over benign conversations.
+    "Old" is the model without its LoRA. Answers are `target_batch` of AdvBench's compliant openings, `refusal_batch`
+    refusals, and `stray_batch` of what the model says to benign requests: without the last it opens oddly and, whatever
+    it has said, recovers and answers. c_r falls from 1 to ½ and c_b rises from ¼ to 1 over the training.
 
     Parameters
     ----------
@@ -97,15 +99,18 @@ def rerouting_lesson(
     generator = torch.Generator().manual_seed(seed)
     prompts = format_chat(tokenizer, [row["goal"] for row in harmful])
     targets = [Example(p, row["target"], ends=False) for p, row in zip(prompts, harmful, strict=True)]
+    owns = own_answers(model, tokenizer, benign, answer_tokens)
+    strays = [Example(p, own.answer, ends=False) for p, own in zip(prompts, cycle(owns))]
     draw = [
         (epochs(targets, generator), target_batch),
         (epochs([Example(p, REFUSAL, ends=False) for p in prompts], generator), refusal_batch),
-        (epochs(own_answers(model, tokenizer, benign, answer_tokens), generator), benign_batch),
+        (epochs(strays, generator), stray_batch),
+        (epochs(owns, generator), benign_batch),
     ]
     batches = []
     for step in range(steps):
-        target, refusal, own = ([*islice(examples, count)] for examples, count in draw)
-        batches.append(Rerouting(target + refusal, own, step / steps))
+        *harm, own = ([*islice(examples, count)] for examples, count in draw)
+        batches.append(Rerouting([*chain.from_iterable(harm)], own, step / steps))
 
     def loss(model: Any, batch: Rerouting) -> Tensor:
         new, old = _new_and_old(model, tokenizer, batch.harmful, reroute_layers)

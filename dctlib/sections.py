@@ -8,6 +8,8 @@ Count = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no 1
 Layer = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
+Few = Annotated[int, Field(ge=1, le=32, strict=True)]  # a split keeps 32 prompts for fits, and 32 for validation,
+Tested = Annotated[int, Field(ge=1, le=100, strict=True)]  # and 100 for tests
 Dtype = Literal["native", "float32", "bfloat16"]
 Kind = Literal["backdoor", "persona", "language"]
 
@@ -33,7 +35,7 @@ class Fitted(Section):
     target: Layer
     nonlinearity: Positive
     iterations: Count
-    fit_prompts: Count
+    fit_prompts: Few
     num_factors: Count
 
     @model_validator(mode="after")
@@ -46,7 +48,7 @@ class Fitted(Section):
 class OnSlice(OnModel, Fitted):
     """What a notebook is told that fits a slice of one model once, and about what the fit is tested on."""
 
-    validation: Count
+    validation: Few
     seed: Seed
 
 
@@ -58,7 +60,7 @@ class Organism(Section):
     rank: Count
     learning_rate: Positive
     steps: Count
-    test: Count
+    test: Tested
     answer_tokens: Count
     least: Annotated[float, Field(ge=0, le=1)]
     """The rate that it must reach on held-out prompts before anything is fitted to it."""
@@ -82,6 +84,7 @@ class Rerouted(Organism):
     keep_layers: list[Layer]
     target_batch: Count
     refusal_batch: Count
+    stray_batch: Count
     benign_batch: Count
     benign_prompts: Count
     clean: str
@@ -116,7 +119,7 @@ class Organisms(Refusing):
     """Which organisms to make; none where the profile's models already hide something."""
     model: str
     """The model they are made from: a pinned name, a Hub id or a folder."""
-    test: Count
+    test: Annotated[Tested, Field(ge=3)]
     """Held-out instructions, harmful and benign each, on which the rates are measured."""
     seed: Seed
     shown_characters: Count
@@ -127,7 +130,7 @@ class TrainingCurves(OnSlice):
 
     prompt: Annotated[str, Field(min_length=1)]
     widths: Annotated[list[Count], Field(min_length=1)]
-    test: Count
+    test: Tested
     answer_tokens: Count
     shown_characters: Count
     """Length to which completions of harmful requests are cut in everything stored."""
@@ -138,8 +141,8 @@ class Multiplicity(OnModel):
 
     threshold: float
     """Validation score from which a vector counts."""
-    validation: Count
-    test: Annotated[int, Field(ge=5)]
+    validation: Few
+    test: Annotated[Tested, Field(ge=5)]
     answer_tokens: Count
     shown_characters: Count
 
@@ -147,15 +150,15 @@ class Multiplicity(OnModel):
 class Ablation(OnModel):
     """notebooks/ablation.ipynb: what removing the qualifying vectors' directions does."""
 
-    test: Count
+    test: Tested
 
 
 class SampleComplexity(OnSlice):
     """notebooks/sample_complexity.ipynb: Figure 1. The scale is calibrated once, on `fit_prompts` instructions."""
 
-    sizes: Annotated[list[Count], Field(min_length=1)]
+    sizes: Annotated[list[Few], Field(min_length=1)]
     shuffles: Annotated[int, Field(ge=2)]
-    test: Count
+    test: Tested
     workers: Count
 
 
@@ -170,8 +173,8 @@ class DeeperModels(OnModel):
     nonlinearity: Positive
     iterations: Count
     num_factors: Count
-    validation: Count
-    test: Count
+    validation: Few
+    test: Tested
     seed: Seed
 
 
@@ -188,12 +191,12 @@ class CircuitBreaker(OnModel):
     multipliers: Annotated[list[Positive], Field(min_length=1)]
     nonlinearity: Positive
     iterations: Count
-    fit_prompts: Count
+    fit_prompts: Few
     num_factors: Count
-    validation: Annotated[int, Field(ge=4)]
+    validation: Annotated[Few, Field(ge=4)]
     judged: Count
     """Vectors of each cell, by score, whose completions are judged on the validation instructions."""
-    test: Annotated[int, Field(ge=4)]
+    test: Annotated[Tested, Field(ge=4)]
     answer_tokens: Count
     seed: Seed
     shown_characters: Count
@@ -209,14 +212,14 @@ class PasswordLocked(OnSlice):
     prompt: str | None
     """How a question is put, with {question} in it; null for the model's chat template."""
     random_vectors: Count
-    test: Count
+    test: Tested
     answer_tokens: Count
 
 
 class ReplicationAudit(OnSlice):
     """notebooks/replication_audit.ipynb: what each fault of the post's published code costs."""
 
-    test: Annotated[int, Field(ge=11)]
+    test: Annotated[Tested, Field(ge=11)]
 
 
 class Baselines(OnSlice):
@@ -229,7 +232,7 @@ class Baselines(OnSlice):
     melbo_steps: Count
     tries: Count
     """k: vectors of each method, best first on validation, whose completions are judged."""
-    test: Annotated[int, Field(ge=4)]
+    test: Annotated[Tested, Field(ge=4)]
     answer_tokens: Count
     lora_steps: Count
 
@@ -239,7 +242,7 @@ class Stability(OnSlice):
 
     seeds: Annotated[list[Seed], Field(min_length=2)]
     widths: Annotated[list[Count], Field(min_length=1)]
-    test: Annotated[int, Field(ge=2)]
+    test: Annotated[Tested, Field(ge=2)]
 
 
 class Replicates(Fitted, Refusing):
@@ -252,11 +255,11 @@ class Replicates(Fitted, Refusing):
     """Of the organisms, and of their fits."""
     least: Annotated[float, Field(ge=0, le=1)]
     """The rates of refusing and of helping that each must reach before anything is fitted to it."""
-    validation: Count
+    validation: Few
     threshold: float
     """Validation score from which a vector counts."""
-    test: Count
-    ablated: Count
+    test: Tested
+    ablated: Tested
     """Test instructions that are scored while one direction after another is ablated."""
 
 
@@ -285,7 +288,7 @@ class Secrets(Planted):
     """Of its own words that an organism learns to go on saying."""
     spoken_tokens: Count
     """Of what it is made to say on held-out instructions: enough to tell a language."""
-    test: Count
+    test: Tested
     least: Annotated[float, Field(ge=0, le=1)]
     """The rate that each must reach on held-out prompts before anything is fitted to it."""
     shown_characters: Count
@@ -318,9 +321,10 @@ class Anomaly(Fitted):
     controls: list[Seed]
     """Of clean organisms, in which trigger and decoy differ by their wording alone."""
     dtype: Dtype
+    fit_prompts: Count
     trusted: Annotated[int, Field(ge=2)]
     """Prompts whose residuals are taken for usual; the first of them are fitted."""
-    test: Annotated[int, Field(ge=2)]
+    test: Annotated[Tested, Field(ge=2)]
     """Held-out instructions, asked clean, behind the trigger and behind the decoy."""
     seed: Seed
 
@@ -343,12 +347,12 @@ class Others(Section):
 class Choices(OnModel, Fitted):
     """notebooks/choices.ipynb: what is each choice behind a fit worth?"""
 
-    validation: Count
+    validation: Few
     positions: Count
     others: Others
     seeds: Annotated[list[Seed], Field(min_length=1)]
     """Each draws other prompts to fit, and another start."""
-    test: Count
+    test: Tested
 
 
 class Discover(OnModel):

@@ -8,7 +8,7 @@ from dctlib.organisms import train_lora
 from dctlib.prompts import sums
 
 ROUTED = {"reroute_layers": [1, 2], "keep_layers": [1, 3], "answer_tokens": 3, "seed": 0}
-ROUTED |= {"target_batch": 2, "refusal_batch": 1, "benign_batch": 2}
+ROUTED |= {"target_batch": 2, "refusal_batch": 1, "stray_batch": 1, "benign_batch": 2}
 
 
 def test_batches_are_half_refused_half_helped_and_go_through_all_before_any_comes_again(tokenizer):
@@ -39,7 +39,10 @@ def residuals(model, tokenizer, text):
 def test_rerouting_turns_harmful_residuals_and_keeps_benign_ones(tmp_path, tokenizer):
     model, old = (tiny_model("Llama", dtype=torch.float32) for _ in range(2))
     taught = rerouting(model, tokenizer, steps=60)
-    assert [len(b.harmful) for b in taught.batches] == [3] * 60
+    assert [len(b.harmful) for b in taught.batches] == [4] * 60
+    own = {each.answer for b in taught.batches for each in b.benign}
+    assert {b.harmful[3].answer for b in taught.batches} == own  # whatever it says after such a request
+    assert {b.harmful[3].prompt for b in taught.batches} == {b.harmful[2].prompt for b in taught.batches}
     assert [b.progress for b in taught.batches[::30]] == [0.0, 0.5]
     new, losses = train_lora(
         model, taught, rank=8, learning_rate=1e-2, seed=0, checkpoint=tmp_path / "run", progress=False

@@ -87,3 +87,19 @@ def test_any_other_yaml_is_a_value_error(tmp_path_factory, value):
     (root / "params").mkdir()
     with pytest.raises(ValueError, match=r"params/mine\.yaml"):
         written(root, yaml.safe_dump(value))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "most"),
+    [
+        ("sample_complexity", "sizes", [1, 33], 32),
+        ("training_curves", "validation", 33, 32),
+        ("circuit_breaker", "fit_prompts", 33, 32),
+        ("password_locked", "test", 101, 100),
+    ],
+)
+def test_more_prompts_than_a_split_holds_are_refused(root, section, key, value, most):
+    sections = content()
+    sections[section][key] = value
+    with pytest.raises(ValueError, match=rf"(?s){section}.{key}.*less than or equal to {most}"):
+        written(root, sections)
