@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models import replaying
+from dctlib.models import finished, replaying
 from dctlib.prompt_tree import PromptTree, plant
 
 _MOST_TOKENS = 1024  # one run of a tree, and not one for every factor: few large products are the fastest
@@ -60,6 +60,6 @@ def _token_losses(
             hidden = model.base_model(**tree.arguments(model), use_cache=False).last_hidden_state[0]
             answers = [path[start:] for path, start in zip(tree.paths, starts, strict=True)]
             before = [path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)]
-            logits = model.get_output_embeddings()(hidden[torch.cat(before)]).float()
+            logits = finished(model, model.get_output_embeddings()(hidden[torch.cat(before)]))
             said = tree.tokens[0, torch.cat(answers)].to(logits.device)
             yield from F.cross_entropy(logits, said, reduction="none").split([len(answer) for answer in answers])

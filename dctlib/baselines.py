@@ -27,10 +27,18 @@ def difference_of_means(
     *,
     layer: int,
 ) -> Float[Tensor, " d"]:
-    """Mean of h_layer at the last token of the texts `towards` less that of the texts `away` (Arditi et al. 2024)."""
+    """Mean of h_layer at the last token of the texts `towards` less that of the texts `away` (Arditi et al. 2024).
+
+    Raises
+    ------
+    ValueError
+        If the layer is out of range, or either has no text.
+    """
     check_layer(model, layer)
 
     def mean(texts: Sequence[str]) -> Tensor:
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
         with replaying(model):
             trees = plant(model, [tokenize(tokenizer, text) for text in texts])
             runs = [capture(model, tree, source=layer, target=layer + 1) for tree in trees]

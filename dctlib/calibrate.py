@@ -39,7 +39,8 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
     Raises
     ------
     ValueError
-        If no scale has this non-linearity: the map is linear, constant, or rounding hides its curvature.
+        If no scale has this non-linearity: the map is linear, constant, overflows before, or rounding hides its
+        curvature.
     """
     if not nonlinearity > 0 or num_directions < 1:
         raise ValueError(f"got nonlinearity={nonlinearity}, num_directions={num_directions}, expected both above 0")
@@ -73,6 +74,11 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
         raise ValueError(_no_scale(cmap, nonlinearity, start))
     while not math.isfinite(excess(high)):
         middle = (low + high) / 2
+        if high - low < 1e-6:
+            raise ValueError(
+                f"beyond R={math.exp(low):.3g} this map is not finite, and up to there it is less than "
+                f"{nonlinearity:g} non-linear; try dtype='float32' or a smaller nonlinearity"
+            )
         low, high = (middle, high) if excess(middle) < 0 else (low, middle)
     root: Any = toms748(excess, low, high, xtol=1e-4)
     return math.exp(root)

@@ -77,7 +77,8 @@ class Capture:
     paths : list of Tensor, (t,)
         For every prompt, where its tokens are, first to last.
     hidden : Tensor, (1, tokens, d)
-        The residual stream at the input of the first block of the slice.
+        The residual stream at the input of the first block of the slice, before what :func:`dctlib.steer` adds there,
+        which a replay inside the same context adds itself.
     calls : list of (args, kwargs)
         What the model passed to each block besides the residual: masks, rotary embeddings, positions.
     """
@@ -111,7 +112,7 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
     handles = []
     try:
         for block in list(blocks_of(model))[source:target]:
-            handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))  # noqa: PERF401
+            handles.append(block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True))  # noqa: PERF401
         with torch.no_grad():
             model.base_model(**tree.arguments(model), use_cache=False)
     finally:
@@ -234,7 +235,8 @@ class CausalMap(DifferentiableMap):
     def digest(self) -> str:
         """A hash of all that the map depends on: weights, configuration, the prompts' tokens, slice and positions.
 
-        Not residuals, whose last bits depend on the number of threads.
+        Not residuals, whose last bits depend on the number of threads; nor hooks, so do not remember a fit that was
+        made under :func:`dctlib.steer` or :func:`dctlib.ablate`.
         """
         config = {k: v for k, v in self._model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
         digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())

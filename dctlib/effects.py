@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.causal_map import capture, replay
-from dctlib.models import blocks_of, check_layer, logits_of, replaying
+from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
 from dctlib.prompt_tree import plant
 from dctlib.prompts import tokenize
 
@@ -51,11 +51,9 @@ def effects(
     Raises
     ------
     ValueError
-        If there is no text or vector, or the layer is out of range.
+        If there is no text or vector, they have another width, or the layer is out of range.
     """
-    check_layer(model, layer)
-    if isinstance(texts, str) or not texts or vectors.ndim != 2 or not len(vectors):
-        raise ValueError(f"got {texts!r} and vectors {tuple(vectors.shape)}, expected texts in a list and (m, d)")
+    _check(model, texts, vectors, layer)
     blocks, vectors = list(blocks_of(model))[layer:], vectors.to(model.device)
     vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
     divergences, tokens, clean_tokens = [], [], []
@@ -94,8 +92,13 @@ def growth(
     -------
     Tensor, (m, blocks + 1)
         At h_0 … h_blocks: zero below `layer`, where the vector is added, and its own length there.
+
+    Raises
+    ------
+    ValueError
+        As :func:`effects`.
     """
-    check_layer(model, layer)
+    _check(model, texts, vectors, layer)
     depth, blocks, vectors = len(blocks_of(model)), list(blocks_of(model))[layer:], vectors.to(model.device)
     lengths = torch.zeros(len(vectors), depth + 1)
     lengths[:, layer] = vectors.float().norm(dim=1).cpu()
@@ -140,3 +143,10 @@ def clusters(vectors: Float[Tensor, "m d"], *, cosine: float = 0.5) -> list[int]
     numbers = fcluster(joined, 1 - cosine, criterion="distance").tolist()
     order = list(dict.fromkeys(numbers))
     return [order.index(number) for number in numbers]
+
+
+def _check(model: PreTrainedModel, texts: Sequence[str], vectors: Tensor, layer: int) -> None:
+    check_layer(model, layer)
+    d = width_of(model)
+    if isinstance(texts, str) or not texts or vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != d:
+        raise ValueError(f"got {texts!r} and vectors {tuple(vectors.shape)}, expected texts in a list and (m, {d})")

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.intervene import steer
 from dctlib.models import pad_id
-from dctlib.prompts import has_bos
+from dctlib.prompts import tokenize
 
 
 def complete(
@@ -55,24 +57,26 @@ def complete(
         )
     if isinstance(texts, str) or not texts:
         raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
-    padding: Any = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
-    padding["add_special_tokens"] = not has_bos(tokenizer, texts[0])
-    generate: Any = model.generate
-    options: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad_id(tokenizer)}
+    pad, generate = pad_id(tokenizer), cast(Any, model.generate)
+    options: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    options["repetition_penalty"] = 1.0  # many models ship another, which greedy decoding would heed
     if processor:
         options["logits_processor"] = [processor]
     completions = []
     with tqdm(total=len(texts), desc=description, disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             rows = slice(first, first + batch_size)
-            inputs = tokenizer(list(texts[rows]), **padding).to(model.device)
+            prompts = [tokenize(tokenizer, text)[0] for text in texts[rows]]
+            tokens = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+            real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+            inputs = {"input_ids": tokens.to(model.device), "attention_mask": real.to(model.device)}
             if vector is None or layer is None:
                 steered = nullcontext()
             else:
                 steered = steer(model, layer=layer, vector=vector if vector.ndim == 1 else vector[rows])
             with steered, _contiguous_head(model):
                 output = generate(**inputs, **options)
-            answers = output[:, inputs["input_ids"].shape[1] :]
+            answers = output[:, tokens.shape[1] :]
             completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
             bar.update(len(answers))
     return completions

@@ -234,8 +234,12 @@ def logits_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
         rows, bias = tokens.to(head.weight.device), getattr(head, "bias", None)
         weight = head.weight[rows].to(hidden.device)
         bias = None if bias is None else bias[rows].to(hidden.device)
-    logits = nn.functional.linear(hidden, weight, bias).float()
-    config = model.config.get_text_config()
+    return finished(model, nn.functional.linear(hidden, weight, bias))
+
+
+def finished(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What the output head gives, in float32 and with the family's soft cap or scale: the model's own logits."""
+    config, logits = model.config.get_text_config(), logits.float()
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     return logits * (getattr(config, "logit_scale", None) or 1.0)

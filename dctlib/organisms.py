@@ -1,5 +1,6 @@
 """Model organisms: small models taught, by LoRA and from a seed, to hide something that we know."""
 
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -62,7 +63,8 @@ def make_organism(
     base : str or path
         What :func:`dctlib.load_model` takes.
     lesson : callable
-        ``lesson(model, tokenizer, **settings)``, such as :func:`dctlib.lessons.refusal_lesson`.
+        ``lesson(model, tokenizer, **settings)``, such as :func:`dctlib.lessons.refusal_lesson`. An edit of it makes the
+        organism stale; of what it calls, only in this library.
     settings : dict
         JSON-able.
     rank, learning_rate, seed
@@ -71,7 +73,8 @@ def make_organism(
     folder = Path(folder)
     model, tokenizer = load_model(base, dtype="native")  # the LoRA is float32 all the same
     training = {"rank": rank, "learning_rate": learning_rate, "seed": seed}
-    key = key_of({"base": model_digest(model), "lesson": lesson.__name__, **settings, **training}, _SOURCES)
+    taught_by = {"lesson": lesson.__name__, "code": inspect.getsource(lesson)}  # which need not be one of ours
+    key = key_of({"base": model_digest(model), **taught_by, **settings, **training}, _SOURCES)
     record = folder / "training.json"
     if record.is_file() and (made := json.loads(record.read_text(encoding="utf-8")))["key"] == key:
         return Training(made["losses"], made["seconds"])

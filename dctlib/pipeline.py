@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
@@ -47,7 +48,7 @@ def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Pat
     Raises
     ------
     ValueError
-        If a cell raised ValueError.
+        If a cell raised ValueError, or the kernel died.
     """
     folder = root / "runs" / profile
     failed = folder / f"{stem}.failed.ipynb"
@@ -70,6 +71,10 @@ def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Pat
             if error.ename != "ValueError":
                 raise
             raise ValueError(f"notebooks/{stem}.ipynb: {error.evalue} (see runs/{profile}/{failed.name})") from error
+        except DeadKernelError as error:
+            if partial.exists():
+                partial.replace(failed)
+            raise ValueError(f"notebooks/{stem}.ipynb: its kernel died, as when memory runs out") from error
         failed.unlink(missing_ok=True)
         notebook = _without_progress(nbformat.read(partial, as_version=4))
         nbformat.write(notebook, partial)

@@ -21,6 +21,7 @@ def replicate(
     folder: str,
     base: str,
     *,
+    digest: str,
     lesson: dict[str, Any],
     rank: int,
     learning_rate: float,
@@ -49,6 +50,8 @@ def replicate(
         Where the organism lies, or will.
     base : str
         What it is made from.
+    digest : str
+        Of `base`, from :func:`dctlib.pinned_model.pin`: part of a task's key, as it may be trained again.
     lesson : dict
         What :func:`dctlib.lessons.refusal_lesson` takes besides instructions and seed.
     least : float

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from dctlib.baselines import difference_of_means, random_vectors
@@ -17,3 +18,9 @@ def test_difference_of_means_is_that_of_the_full_models_hidden_states(llama, tok
 
     found = difference_of_means(llama, tokenizer, texts[:2], texts[2:], layer=2)
     torch.testing.assert_close(found.double(), mean(texts[:2]) - mean(texts[2:]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("texts", ["Tell me", []])
+def test_a_mean_needs_texts_in_a_list(llama, tokenizer, texts):
+    with pytest.raises(ValueError, match="at least one prompt in a list"):
+        difference_of_means(llama, tokenizer, ["w0"], texts, layer=2)

@@ -75,3 +75,11 @@ def test_a_constant_map_has_no_scale():
 def test_bad_options(options):
     with pytest.raises(ValueError, match="expected both above 0"):
         calibrate(saturating(), **options)
+
+
+def test_a_map_that_overflows_before_it_bends_has_no_scale():
+    def flat_then_nothing(theta):
+        return torch.where(theta.norm(dim=1, keepdim=True) < 5, theta + 0.01 * theta**2, torch.nan)
+
+    with pytest.raises(ValueError, match=r"beyond R=5 this map is not finite"):
+        calibrate(FunctionMap(flat_then_nothing, d_source=8, d_target=8))

@@ -6,7 +6,7 @@ from conftest import BLOCKS, assert_near, full_model_map, tiny_model, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctlib import CausalMap, fit_exponential
+from dctlib import CausalMap, fit_exponential, score_vectors, steer
 
 SLICES = [(0, 2), (1, 3), (2, BLOCKS)]  # first block, middle, through the last block before the final norm
 D = 32
@@ -234,3 +234,13 @@ def test_the_digest_does_not_depend_on_threads(tokenizer, texts):
     finally:
         torch.set_num_threads(threads)
     assert len(found) == 1
+
+
+def test_a_map_inside_steer_is_that_of_the_steered_model(tokenizer, texts):
+    model, base, vectors = tiny_model("Llama"), 3 * unit_rows(1, 32)[0], 2 * unit_rows(2, 32, seed=1)
+    with steer(model, layer=1, vector=base):
+        found = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)(vectors)
+        scores = score_vectors(model, tokenizer, texts, vectors, layer=1, progress=False)
+    plain = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+    torch.testing.assert_close(found, plain(base + vectors) - plain(base[None]))
+    torch.testing.assert_close(scores, score_vectors(model, tokenizer, texts, base + vectors, layer=1, progress=False))

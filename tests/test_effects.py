@@ -39,11 +39,15 @@ def test_batches_agree(llama, tokenizer, texts, monkeypatch):
     torch.testing.assert_close(parts.divergence, whole.divergence)
 
 
-@pytest.mark.parametrize("bad", [{"texts": []}, {"vectors": torch.zeros(D)}, {"vectors": torch.zeros(0, D)}])
-def test_bad_input_is_named(llama, tokenizer, texts, bad):
+@pytest.mark.parametrize("measure", [effects, growth])
+@pytest.mark.parametrize(
+    "bad",
+    [{"texts": []}, {"texts": "w0"}, *({"vectors": torch.zeros(shape)} for shape in [(D,), (0, D), (1, D + 1)])],
+)
+def test_bad_input_is_named(llama, tokenizer, texts, measure, bad):
     options = {"texts": texts, "vectors": torch.zeros(1, D)} | bad
     with pytest.raises(ValueError, match="expected texts in a list"):
-        effects(llama, tokenizer, options["texts"], options["vectors"], layer=0)
+        measure(llama, tokenizer, options["texts"], options["vectors"], layer=0)
 
 
 def test_copies_share_a_cluster_and_opposites_do_not():

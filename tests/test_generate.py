@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
-from conftest import unit_rows
+from conftest import tiny_model, unit_rows
+from tokenizers.processors import TemplateProcessing
 from transformers import LogitsProcessor
 
 from dctlib import steer
@@ -73,3 +76,24 @@ def test_steering_is_the_context_and_is_gone_afterwards(llama, tokenizer):
     with steer(llama, layer=1, vector=vector):
         assert complete(llama, tokenizer, texts, **options) == steered
     assert steered != clean == complete(llama, tokenizer, texts, **options)
+
+
+def test_it_is_greedy_whatever_penalty_a_model_ships(tokenizer):
+    model, options = tiny_model("Llama"), {"max_new_tokens": 8, "progress": False}
+    expected = complete(model, tokenizer, ["w0 w1 w2", "w3"], **options)
+    model.generation_config.repetition_penalty = 5.0
+    tokens = tokenizer("w0 w1 w2", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(model.generate(tokens, max_new_tokens=8)[0, 3:], skip_special_tokens=True) != expected[0]
+    assert complete(model, tokenizer, ["w0 w1 w2", "w3"], **options) == expected
+
+
+def test_each_text_gets_one_begin_of_text_token(llama, tokenizer, monkeypatch):
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    texts, seen = ["<s> w0 w1", "w2 w3 w4"], []
+    handle = llama.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        complete(llama, adding, texts, max_new_tokens=1, progress=False)
+    finally:
+        handle.remove()
+    assert [row[row != 0].tolist() for row in seen[0]] == [tokenizer.encode(t) for t in ("<s> w0 w1", "<s> w2 w3 w4")]

@@ -79,10 +79,8 @@ def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_pat
         made.append(steps)
         return lesson(tokenizer, steps)
 
-    def make(steps, seed=0):
-        return make_organism(
-            folder, base, taught, {"steps": steps}, rank=4, learning_rate=5e-3, seed=seed, progress=False
-        )
+    def make(steps, seed=0, by=taught):
+        return make_organism(folder, base, by, {"steps": steps}, rank=4, learning_rate=5e-3, seed=seed, progress=False)
 
     training = make(3)
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "training.json"}
@@ -95,6 +93,14 @@ def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_pat
     make(4, seed=1)
     assert made == [3, 4, 4]
     assert json.loads((folder / "training.json").read_text())["losses"] == make(4, seed=1).losses
+
+    def otherwise(model, tokenizer, *, steps):
+        made.append("otherwise")
+        return lesson(tokenizer, steps)
+
+    otherwise.__name__ = "taught"  # the same lesson, edited
+    make(4, seed=1, by=otherwise)
+    assert made[-1] == "otherwise"
 
 
 def test_the_gate_names_what_falls_short():

@@ -114,3 +114,10 @@ def test_discover_is_the_notebook_with_the_options_as_parameters(monkeypatch, tm
 def test_metrics_in_git_are_json():
     for path in (ROOT / "figures").glob("*/*.json"):
         assert isinstance(json.loads(path.read_text()), dict)
+
+
+def test_a_kernel_that_dies_is_one_message(root):
+    folder = root("import os; os._exit(1)")
+    with pytest.raises(ValueError, match=r"notebooks/toy\.ipynb: its kernel died"):
+        pipeline.run_notebook("toy", "mine", folder)
+    assert "toy.ipynb" not in {path.name for path in (folder / "runs" / "mine").iterdir()}

@@ -15,6 +15,7 @@ WORDS = [f"w{i} w{i + 1} w{i + 2}" for i in range(20)]
 HARMFUL, BENIGN = Split(WORDS[:6], WORDS[6:8], WORDS[8:10], WORDS[10:13]), Split(WORDS[13:17], [], [], WORDS[17:])
 LESSON = {"steps": 3, "harmful_batch": 2, "benign_batch": 2, "answer_tokens": 2}
 OPTIONS: dict[str, Any] = {
+    "digest": "of the base",
     "lesson": LESSON,
     "rank": 2,
     "learning_rate": 1e-3,

@@ -33,3 +33,9 @@ def test_a_name_of_the_package_is_the_file_that_defines_it():
     assert sources_of("from dctlib import calibrate") == sources_of("from dctlib.calibrate import calibrate")
     assert "melbo" in sources_of("from dctlib import melbo")
     assert sources_of("import torch\nfrom pathlib import Path") == ()
+
+
+@pytest.mark.parametrize("code", ["import dctlib", "import dctlib.melbo as m", "from dctlib import *"])
+def test_the_package_itself_counts_as_all_its_names(code):
+    assert {"fit", "intervene", "transcoder"} <= set(sources_of(code))
+    assert ("melbo" in sources_of(code)) == ("melbo" in code)
