@@ -1,43 +1,14 @@
 """Mechanistic anomaly detection: how far a prompt's residuals are from those of trusted prompts."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.causal_map import capture
 from dctlib.metrics import Interval
-from dctlib.models import check_layer, replaying
-from dctlib.prompt_tree import plant
-from dctlib.prompts import tokenize
 
 _RESAMPLES = 9_999
-
-
-def activations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, layer: int, positions: int = 3
-) -> Float[Tensor, "n d"]:
-    """Mean of h_layer over the last `positions` tokens of each text, float32 on the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the layer is out of range, there is no text, or one has fewer tokens than `positions`.
-    """
-    check_layer(model, layer)
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
-    rows = [tokenize(tokenizer, text) for text in texts]
-    if not 1 <= positions <= (shortest := min(row.shape[1] for row in rows)):
-        raise ValueError(f"got positions={positions}, expected 1 to {shortest}, the tokens of the shortest text")
-    with replaying(model):
-        runs = [capture(model, tree, source=layer, target=layer + 1) for tree in plant(model, rows)]
-    last = torch.cat([run.hidden[0, run.last(positions)].float().cpu() for run in runs])
-    return last.reshape(len(texts), positions, -1).mean(1)
 
 
 def projected_distance(
@@ -51,7 +22,7 @@ def projected_distance(
     Parameters
     ----------
     trusted, live : Tensor, (n, d) and (k, d)
-        :func:`activations` at the layer of the directions.
+        :func:`dctlib.causal_map.activations` at the layer of the directions.
     directions : Tensor, (m, d)
         V at the source layer, or U at the target layer.
     """

@@ -7,11 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.causal_map import capture
-from dctlib.models import check_layer, replaying
+from dctlib.causal_map import activations
 from dctlib.orthogonalise import normalise
-from dctlib.prompt_tree import plant
-from dctlib.prompts import tokenize
 
 
 def random_vectors(count: int, d: int, *, norm: float, seed: int) -> Float[Tensor, "count d"]:
@@ -34,14 +31,8 @@ def difference_of_means(
     ValueError
         If the layer is out of range, or either has no text.
     """
-    check_layer(model, layer)
 
     def mean(texts: Sequence[str]) -> Tensor:
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
-        with replaying(model):
-            trees = plant(model, [tokenize(tokenizer, text) for text in texts])
-            runs = [capture(model, tree, source=layer, target=layer + 1) for tree in trees]
-        return torch.cat([run.hidden[0, run.last()].float().cpu() for run in runs]).mean(0)
+        return activations(model, tokenizer, texts, layer=layer, positions=1).mean(0)
 
     return mean(towards) - mean(away)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.differentiable_map import DifferentiableMap
 from dctlib.models import blocks_of, check_layer, replaying, width_of
 from dctlib.prompt_tree import PromptTree, plant
-from dctlib.prompts import tokenize
+from dctlib.prompts import tokenize_each
 from dctlib.store import model_digest
 
 # Floating-point numbers that one factor's forward and backward pass keeps for each token of each block, in units of
@@ -121,6 +122,26 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
     return Capture(tree.tokens, tree.paths, hidden[0], calls)
 
 
+def activations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, layer: int, positions: int = 3
+) -> Float[Tensor, "n d"]:
+    """Mean of h_layer over the last `positions` tokens of each text, float32 on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the layer is out of range, there is no text, or one has fewer tokens than `positions`.
+    """
+    check_layer(model, layer)
+    rows = tokenize_each(tokenizer, texts)
+    if not 1 <= positions <= (shortest := min(row.shape[1] for row in rows)):
+        raise ValueError(f"got positions={positions}, expected 1 to {shortest}, the tokens of the shortest text")
+    with replaying(model):
+        runs = [capture(model, tree, source=layer, target=layer + 1) for tree in plant(model, rows)]
+    last = torch.cat([run.hidden[0, run.last(positions)].float().cpu() for run in runs])
+    return last.reshape(len(texts), positions, -1).mean(1)
+
+
 def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tensor:
     """Run the captured slice with θ_l added to h_s at every position: (m, d) → (m, tokens, d).
 
@@ -215,14 +236,12 @@ class CausalMap(DifferentiableMap):
         check_layer(model, source, name="source")
         if not isinstance(target, int) or not source < target <= count:
             raise ValueError(f"got source={source}, target={target!r}, expected source < target <= {count}")
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
         if positions < 1 or (chunk_size is not None and chunk_size < 1) or (memory is not None and memory <= 0):
             raise ValueError(
                 f"got positions={positions}, chunk_size={chunk_size}, memory={memory}, expected at least 1, at "
                 f"least 1 and above 0"
             )
-        tokens = [tokenize(tokenizer, text).to(model.device) for text in texts]
+        tokens = [row.to(model.device) for row in tokenize_each(tokenizer, texts)]
         for text, row in zip(texts, tokens, strict=True):
             if row.shape[1] < positions:
                 raise ValueError(f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}")

@@ -26,7 +26,7 @@ def detectors(
     Parameters
     ----------
     trusted, live : Tensor, (n, d) and (k, d)
-        :func:`dctlib.anomaly.activations` at the layer of the directions.
+        :func:`dctlib.causal_map.activations` at the layer of the directions.
     directions : Tensor, (m, d)
         V at the source layer, or U at the target layer.
     seed : int

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.causal_map import capture, replay
 from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
 from dctlib.prompt_tree import plant
-from dctlib.prompts import tokenize
+from dctlib.prompts import tokenize_each
 
 _TOKENS = 2560  # of a batch of vectors
 
@@ -59,7 +59,7 @@ def effects(
     divergences, tokens, clean_tokens = [], [], []
     bar = tqdm(total=len(texts), desc=f"effects of {len(vectors)} vectors", disable=not progress)
     with torch.no_grad(), replaying(model), bar:
-        for tree in plant(model, [tokenize(tokenizer, text) for text in texts]):
+        for tree in plant(model, tokenize_each(tokenizer, texts)):
             prefix = capture(model, tree, source=layer, target=layer + len(blocks))
 
             def log_p(thetas: Tensor, prefix=prefix) -> Float[Tensor, "m n vocabulary"]:
@@ -108,7 +108,7 @@ def growth(
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     with torch.no_grad(), replaying(model):
-        for tree in plant(model, [tokenize(tokenizer, text) for text in texts]):
+        for tree in plant(model, tokenize_each(tokenizer, texts)):
             prefix = capture(model, tree, source=layer, target=depth)
             handles = []
             try:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from dctlib.intervene import steer
 from dctlib.models import pad_id
-from dctlib.prompts import tokenize
+from dctlib.prompts import tokenize_each
 
 
 def complete(
@@ -55,8 +55,7 @@ def complete(
             f"got layer={layer} and vectors of shape {tuple(vector.shape)} for {len(texts)} texts, expected a layer, "
             f"and one vector for all texts or one for each"
         )
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
+    tokenized = [row[0] for row in tokenize_each(tokenizer, texts)]
     pad, generate = pad_id(tokenizer), cast(Any, model.generate)
     options: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
     options["repetition_penalty"] = 1.0  # many models ship another, which greedy decoding would heed
@@ -66,7 +65,7 @@ def complete(
     with tqdm(total=len(texts), desc=description, disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             rows = slice(first, first + batch_size)
-            prompts = [tokenize(tokenizer, text)[0] for text in texts[rows]]
+            prompts = tokenized[rows]
             tokens = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
             real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
             inputs = {"input_ids": tokens.to(model.device), "attention_mask": real.to(model.device)}

@@ -246,9 +246,11 @@ def finished(model: PreTrainedModel, logits: Tensor) -> Tensor:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token, or the end-of-text token where there is none: padding is always masked."""
-    token: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return token
+    """A token to pad with: the tokenizer's own, else its end of text, else the first there is. It is always masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
 
 
 @contextmanager

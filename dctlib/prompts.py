@@ -69,6 +69,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return inputs["input_ids"]
 
 
+def tokenize_each(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tensor]:
+    """Token ids of every text, (1, T) each, with T its own.
+
+    Raises
+    ------
+    ValueError
+        If there is no text, or one in place of a list.
+    """
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
+    return [tokenize(tokenizer, text) for text in texts]
+
+
 def has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether `text` starts with the begin-of-text token, as chat templates often write it."""
     return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))

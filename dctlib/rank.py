@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.causal_map import capture, replay
 from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
 from dctlib.prompt_tree import PromptTree, plant
-from dctlib.prompts import tokenize
+from dctlib.prompts import tokenize_each
 
 _TOKENS = 2560  # of a batch of vectors
 
@@ -193,9 +193,7 @@ def score_texts(
 
 
 def _trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[PromptTree]:
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
-    return plant(model, [tokenize(tokenizer, text) for text in texts])
+    return plant(model, tokenize_each(tokenizer, texts))
 
 
 def _each(

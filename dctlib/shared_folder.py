@@ -179,7 +179,9 @@ def named(model: str) -> dict[str, str | None]:
 
 
 def _is_ours(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
     return not names or {_CONFIG, _NUMBERS, _SUMS} <= names <= {_CONFIG, _NUMBERS, _SUMS, _CARD}
 
 

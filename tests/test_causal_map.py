@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dctlib import CausalMap, fit_exponential, score_vectors, steer
+from dctlib.causal_map import activations
 
 SLICES = [(0, 2), (1, 3), (2, BLOCKS)]  # first block, middle, through the last block before the final norm
 D = 32
@@ -244,3 +245,21 @@ def test_a_map_inside_steer_is_that_of_the_steered_model(tokenizer, texts):
     plain = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
     torch.testing.assert_close(found, plain(base + vectors) - plain(base[None]))
     torch.testing.assert_close(scores, score_vectors(model, tokenizer, texts, base + vectors, layer=1, progress=False))
+
+
+def test_activations_are_means_of_the_full_models_hidden_states(llama, tokenizer, texts):
+    found = activations(llama, tokenizer, texts, layer=2, positions=2)
+    assert found.shape == (3, 32)
+    for text, row in zip(texts, found, strict=True):
+        tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        expected = llama(tokens, output_hidden_states=True).hidden_states[2][0, -2:].mean(0)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_name_bad_input(llama, tokenizer, texts):
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        activations(llama, tokenizer, texts, layer=2, positions=5)
+    with pytest.raises(ValueError, match="in a list"):
+        activations(llama, tokenizer, texts[0], layer=2)
+    with pytest.raises(ValueError, match="layer=9"):
+        activations(llama, tokenizer, texts, layer=9)

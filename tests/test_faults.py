@@ -74,7 +74,7 @@ def test_a_jacobian_that_is_not_finite_has_no_scale():
 # tokenizers
 
 
-def test_a_tokenizer_without_a_chat_template_or_padding_token_fits_plain_texts(llama, texts):
+def test_a_tokenizer_without_a_chat_template_or_special_tokens_fits_plain_texts(llama, texts):
     plain = tiny_tokenizer()
     plain.chat_template = plain.pad_token = None
     with pytest.raises(ValueError, match=r"no chat template.*Pass plain texts"):
@@ -85,10 +85,13 @@ def test_a_tokenizer_without_a_chat_template_or_padding_token_fits_plain_texts(l
     assert torch.equal(found(unit_rows(2, D)), expected(unit_rows(2, D)))
     scores = score_vectors(llama, plain, texts, unit_rows(2, D), layer=1, progress=False)
     assert torch.equal(scores, score_vectors(llama, tiny_tokenizer(), texts, unit_rows(2, D), layer=1, progress=False))
-    said = [
-        complete(llama, tokenizer, texts, max_new_tokens=4, progress=False) for tokenizer in (plain, tiny_tokenizer())
-    ]
-    assert said[0] == said[1] and len({len(text.split()) for text in texts}) > 1
+    bare = tiny_tokenizer()
+    bare.pad_token = bare.eos_token = None
+    said, *others = (
+        complete(llama, tokenizer, texts, max_new_tokens=4, progress=False)
+        for tokenizer in (tiny_tokenizer(), plain, bare)
+    )
+    assert others == [said, said] and len({len(text.split()) for text in texts}) > 1
 
 
 @pytest.mark.parametrize(
