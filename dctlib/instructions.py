@@ -1,5 +1,6 @@
 """The instructions that a user brings: from a list, a text file or the pinned sets, parted for fitting and reading."""
 
+import re
 from collections.abc import Sequence
 
 from dctlib.prompts import benign_split, harmful_instructions
@@ -22,13 +23,14 @@ def instructions_of(prompts: str | Sequence[str]) -> list[str]:
     if prompts == "benign":
         return benign_split().train
     try:
-        text = (ROOT / prompts).read_text(encoding="utf-8-sig")  # an absolute path stays what it is
+        content = (ROOT / prompts).read_bytes()  # an absolute path stays what it is
+        text = content.decode("utf-8-sig")  # not by read_text, which takes half a byte-order mark for an empty file
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read prompts={prompts!r} ({error}); expected 'harmful', 'benign', or a text file with an "
             f"instruction a line"
         ) from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
 def parted(instructions: Sequence[str], *, fit: int, held_out: int) -> tuple[list[str], list[str]]:

@@ -151,6 +151,9 @@ class Transcoder:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
                 facts = _Facts.model_validate_json((file.metadata() or {})["transcoder"])
-            return cls(**tensors, **facts.model_dump())
+            found = cls(**tensors, **facts.model_dump())
         except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
             raise ValueError(f"{path} is not a whole transcoder file ({error}); fit and save it again") from error
+        if not torch.isfinite(found.steering_vectors()).all():
+            raise ValueError(f"{path} is damaged: V times input_scale is not finite; fit and save it again")
+        return found

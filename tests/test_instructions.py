@@ -6,10 +6,12 @@ from dctlib.instructions import instructions_of, parted
 def test_lines_of_a_file_are_instructions(tmp_path):
     (tmp_path / "mine.txt").write_text("one\n\n  two é \nthree\n", encoding="utf-8")
     assert instructions_of(str(tmp_path / "mine.txt")) == ["one", "two é", "three"]
+    (tmp_path / "theirs.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\x0bfour")
+    assert instructions_of(str(tmp_path / "theirs.txt")) == ["one", "two", "three\x0bfour"]
     assert instructions_of(["a", "b"]) == ["a", "b"]
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\xfd"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xfd", b"\xef\xbb"])
 def test_what_is_no_text_file_is_named(tmp_path, content):
     path = tmp_path / "mine.txt"
     if content:

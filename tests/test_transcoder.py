@@ -68,6 +68,12 @@ def test_a_missing_file_and_another_file_are_refused(tmp_path):
         Transcoder.load(tmp_path / "text.safetensors")
 
 
+def test_a_file_whose_vectors_overflow_is_refused(tmp_path):
+    transcoder(V=torch.full((4, 6), 3e38)).save(tmp_path / "dct.safetensors")
+    with pytest.raises(ValueError, match=r"dct\.safetensors is damaged: V times input_scale is not finite"):
+        Transcoder.load(tmp_path / "dct.safetensors")
+
+
 @pytest.mark.parametrize("activation", ["linear", "quadratic"])
 def test_negations_leave_the_function_as_it_was(activation):
     dct, theta = transcoder(activation=activation), unit_rows(7, 6, seed=3).float()
