@@ -10,9 +10,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.intervene import ablate
-from dctlib.metrics import similarity
+from dctlib.metrics import interval, similarity
 from dctlib.orthogonalise import normalise
-from dctlib.rank import score_texts, score_vectors
+from dctlib.rank import score_each, score_texts, score_vectors
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Together:
         Of those.
     v_avg, v_svd : float
         Under their mean, and under the first right singular direction of their matrix.
+    v_svd_negated : float or None
+        Under that with the other sign, where signs matter.
+    intervals : dict
+        ``average``, ``max``, ``v_avg`` and ``v_svd`` → low and high, the 95 % interval over test texts.
     condition_number, mean_abs_cosine, sd_abs_cosine : float
         How alike they are (see :func:`dctlib.metrics.similarity`).
     """
@@ -36,6 +40,8 @@ class Together:
     max: float
     v_avg: float
     v_svd: float
+    v_svd_negated: float | None
+    intervals: dict[str, list[float]]
     condition_number: float
     mean_abs_cosine: float
     sd_abs_cosine: float
@@ -68,9 +74,10 @@ def add_each(
     """
     mean, singular = aggregates(rows)
     signs = torch.stack([singular, -singular])
-    sign = score_vectors(model, tokenizer, validation, norm * signs, layer=layer).argmax()
-    vectors = norm * torch.stack([*rows, mean, signs[sign]])
-    return _together(score_vectors(model, tokenizer, test, vectors, layer=layer).tolist(), rows)
+    sign = int(score_vectors(model, tokenizer, validation, norm * signs, layer=layer).argmax())
+    vectors = norm * torch.stack([*rows, mean, signs[sign], signs[1 - sign]])
+    *scores, negated = score_each(model, tokenizer, test, vectors, layer=layer).difference
+    return _together(torch.stack(scores), rows, negated.mean().item())
 
 
 def ablate_each(
@@ -85,10 +92,13 @@ def ablate_each(
     scores = []
     for direction in tqdm([*rows, *aggregates(rows)], desc=description):
         with ablate(model, direction):
-            scores.append(score_texts(model, tokenizer, test).mean().item())
-    return _together(scores, rows)
+            scores.append(score_texts(model, tokenizer, test))
+    return _together(torch.stack(scores), rows)
 
 
-def _together(scores: list[float], rows: Float[Tensor, "k d"]) -> Together:
-    *each, v_avg, v_svd = scores
-    return Together(each, sum(each) / len(each), max(each), v_avg, v_svd, **vars(similarity(rows)))
+def _together(scores: Float[Tensor, "k+2 n"], rows: Float[Tensor, "k d"], negated: float | None = None) -> Together:
+    *each, v_avg, v_svd = scores.mean(1).tolist()
+    shown = {"average": scores[:-2].mean(0), "max": scores[each.index(max(each))], "v_avg": scores[-2]}
+    found = {name: interval(of.tolist()) for name, of in (shown | {"v_svd": scores[-1]}).items()}
+    around = {name: [of.low, of.high] for name, of in found.items()}
+    return Together(each, sum(each) / len(each), max(each), v_avg, v_svd, negated, around, **vars(similarity(rows)))

@@ -81,6 +81,11 @@ def audit(
     dict
         Method → the fields of :class:`Heard`.
     """
+    if max(sizes) > len(instructions) or num_factors % 2:
+        raise ValueError(
+            f"got sizes={list(sizes)}, num_factors={num_factors}, expected at most {len(instructions)} instructions, "
+            f"and an even number"
+        )
     organism, tokenizer = open_pinned(model, digest, dtype)
     texts, asked = (format_chat(tokenizer, part) for part in (instructions, held_out))
     at: dict[str, Any] = {"source": source, "target": target}

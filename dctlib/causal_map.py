@@ -1,7 +1,6 @@
 """The causal map Δ(θ): add θ to the residual stream at a source layer, measure the change at a target layer."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,9 +256,7 @@ class CausalMap(DifferentiableMap):
         Not residuals, whose last bits depend on the number of threads; nor hooks, so do not remember a fit that was
         made under :func:`dctlib.steer` or :func:`dctlib.ablate`.
         """
-        config = {k: v for k, v in self._model.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
         digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for captured in self._captures:
             digest.update(str([captured.tokens[0, path].tolist() for path in captured.paths]).encode())
         return digest.hexdigest()

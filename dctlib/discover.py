@@ -34,13 +34,19 @@ def fit_by(
     input_scale: float,
     seed: int,
 ) -> Transcoder:
-    """A fit of the kind that is named, remembered in `folder`; what a kind has no use for is left out."""
-    if method == "linear":
-        return remembered(folder, fit_linear, cmap, num_factors=num_factors)
+    """A fit of the kind that is named, remembered in `folder`, of Δ(Rθ) for R = `input_scale` whatever the kind.
+
+    Linear and quadratic fits are made at scale 1; their α takes R, or R², so that they mean the same and know how long
+    their steering vectors are.
+    """
     settings = {"num_factors": num_factors, "iterations": iterations, "seed": seed}
+    if method == "exponential":
+        return remembered(folder, fit_exponential, cmap, input_scale=input_scale, **settings)
     if method == "quadratic":
-        return remembered(folder, fit_quadratic, cmap, **settings)
-    return remembered(folder, fit_exponential, cmap, input_scale=input_scale, **settings)
+        dct, growth = remembered(folder, fit_quadratic, cmap, **settings), input_scale**2
+    else:
+        dct, growth = remembered(folder, fit_linear, cmap, num_factors=num_factors), input_scale
+    return replace(dct, alpha=growth * dct.alpha, input_scale=input_scale)
 
 
 def measure(
@@ -261,6 +267,6 @@ def discover(
     if strengths[1:]:
         others = read(*asked, vectors[first], strengths=strengths[1:], **speaking)
         reading = replace(reading, steered=reading.steered | others.steered)
-    lengths = growth(model, tokenizer, texts, vectors[ranked["vector"].tolist()], layer=layer)
+    lengths = growth(model, tokenizer, texts, strengths[0] * vectors[ranked["vector"].tolist()], layer=layer)
     signed = dct if len(dct) == len(vectors) else dct.with_negations()
     return Discovery(signed, ranked, floor, first, reading, lengths)

@@ -166,7 +166,7 @@ def _content(run: Exploration) -> dict[str, Any]:
         "map": _map(run.V),
         "similar": similar,
         "norms": None if run.norms is None else _rounded(run.norms),
-        "median": None if run.norms is None else run.norms.median(0).values.tolist(),
+        "median": None if run.norms is None else run.norms.quantile(0.5, 0).tolist(),
         "instructions": list(run.instructions),
         "clean": [cut(text, run.shown_characters) for text in reading.clean],
         "strengths": strengths,

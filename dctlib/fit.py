@@ -110,7 +110,7 @@ def fit_quadratic(
         If an option is out of range, or the derivatives are not finite.
     """
     started = time.perf_counter()
-    _check_options(cmap, num_factors, orthogonalise, tolerance)
+    _check_options(cmap, num_factors, iterations, orthogonalise, tolerance)
 
     def sweep(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # step 2 of Algorithm 2
         U = cmap.second_derivative(V, V)
@@ -172,7 +172,7 @@ def fit_exponential(
         If an option is out of range, or the gradients are not finite.
     """
     started = time.perf_counter()
-    _check_options(cmap, num_factors, orthogonalise, tolerance)
+    _check_options(cmap, num_factors, iterations, orthogonalise, tolerance)
     if not 0 < input_scale < float("inf"):
         raise ValueError(f"got input_scale={input_scale}, expected a positive number; calibrate(cmap) finds one")
     R = input_scale
@@ -271,11 +271,13 @@ def _finite(rows: Tensor) -> Tensor:
     return rows
 
 
-def _check_options(cmap: DifferentiableMap, num_factors: int, orthogonalise: str, tolerance: float) -> None:
+def _check_options(
+    cmap: DifferentiableMap, num_factors: int, iterations: int, orthogonalise: str, tolerance: float
+) -> None:
     if orthogonalise not in _ORTHOGONALISE:
         raise ValueError(f"got orthogonalise={orthogonalise!r}, expected one of {sorted(_ORTHOGONALISE)}")
-    if not tolerance >= 0:
-        raise ValueError(f"got tolerance={tolerance}, expected 0 or more")
+    if iterations < 1 or not tolerance >= 0:
+        raise ValueError(f"got iterations={iterations}, tolerance={tolerance}, expected at least 1, and 0 or more")
     most = cmap.d_source if orthogonalise == "qr" else sys.maxsize
     _check_width(num_factors, most, "orthonormal rows of V bound the fit; orthogonalise='soft' allows more")
 

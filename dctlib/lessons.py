@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.answers import Example, answer_loss, plant_answers
 from dctlib.generate import complete
-from dctlib.models import replaying
+from dctlib.models import check_layer, replaying
 from dctlib.prompt_tree import PromptTree
 from dctlib.prompts import format_chat
 
@@ -96,6 +96,8 @@ def rerouting_lesson(
     reroute_layers, keep_layers : sequence of int
         As in Hugging Face's ``hidden_states``: layer l is the input of block l.
     """
+    for layer in (*reroute_layers, *keep_layers):
+        check_layer(model, layer)
     generator = torch.Generator().manual_seed(seed)
     prompts = format_chat(tokenizer, [row["goal"] for row in harmful])
     targets = [Example(p, row["target"], ends=False) for p, row in zip(prompts, harmful, strict=True)]

@@ -34,7 +34,7 @@ def load_model(
     name : str or path
         A pinned asset (``"smollm2-135m-instruct"``), a local Hugging Face folder (absolute, or relative to the
         working directory or to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``.
-        Remote code is never run.
+        Remote code is never run, and weights are read from safetensors only.
     device : str or torch.device, optional
         CUDA where there is one, otherwise the CPU. ``"auto"``, for a model that no GPU holds, spreads its blocks over
         all of them, and over main memory what is left (accelerate's ``device_map``).
@@ -60,7 +60,11 @@ def load_model(
     device = torch.device(best if spread or device is None else device)
     source, revision = _located(name)
     spoken = _tokenizer(*_located(tokenizer)) if tokenizer else _tokenizer(source, revision)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, device), **revision, **spread)
+    options = {"dtype": _dtype(dtype, device), "use_safetensors": True, **revision, **spread}  # nothing pickled
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:
+        raise ValueError(f"cannot load the weights of {source!r} from safetensors, the only format read") from error
     model = model if spread else model.to(device)
     return model.eval().requires_grad_(False), spoken
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.lessons import Lesson
 from dctlib.models import load_model, native_dtype
-from dctlib.store import key_of, model_digest, whole, write_json
+from dctlib.pinned_model import whole_digest
+from dctlib.store import key_of, whole, write_json
 
 _CHECKPOINT_EVERY = 20
 _SOURCES = (
@@ -34,7 +35,7 @@ _SOURCES = (
 
 @dataclass(frozen=True)
 class Training:
-    """How an organism was made: the loss of each step, and the wall time."""
+    """How an organism was made: the loss of each step, and the wall time, since the last kill if there was one."""
 
     losses: list[float]
     seconds: float
@@ -74,7 +75,7 @@ def make_organism(
     model, tokenizer = load_model(base, dtype="native")  # the LoRA is float32 all the same
     training = {"rank": rank, "learning_rate": learning_rate, "seed": seed}
     taught_by = {"lesson": lesson.__name__, "code": inspect.getsource(lesson)}  # which need not be one of ours
-    key = key_of({"base": model_digest(model), **taught_by, **settings, **training}, _SOURCES)
+    key = key_of({"base": whole_digest(model, tokenizer), **taught_by, **settings, **training}, _SOURCES)
     record = folder / "training.json"
     if record.is_file() and (made := json.loads(record.read_text(encoding="utf-8")))["key"] == key:
         return Training(made["losses"], made["seconds"])

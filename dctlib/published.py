@@ -1,6 +1,6 @@
 """What the post reports beside what we measured, and which of its claims replicate: one rule a claim, in code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,6 +11,8 @@ import yaml
 from dctlib.store import ROOT
 
 Results = Mapping[str, Any]
+Verdict = bool | None
+"""Whether a claim holds; None where our own intervals are too wide to tell."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +27,25 @@ class Replication:
         A claim of the post → whether our numbers bear it out.
     controls : dict
         What the post does not report and a claim needs, such as that random vectors fail → whether it is so here.
+    intervals : dict
+        Of some of the numbers → the 95 % interval around ours.
     """
 
     numbers: dict[str, tuple[float | None, float | None]]
-    claims: dict[str, bool]
-    controls: dict[str, bool] = field(default_factory=dict)
+    claims: dict[str, Verdict]
+    controls: dict[str, Verdict] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
-        """Which claims replicate, and which do not; which controls hold, and which fail."""
+        """Which claims replicate, which do not, and which stay open; which controls hold, and which fail."""
         verdicts = [("Replicates", self.claims, True), ("Does not replicate", self.claims, False)]
+        verdicts += [("Undecided", self.claims, None)]
         verdicts += [("Control, holds", self.controls, True), ("Control, fails", self.controls, False)]
+        verdicts += [("Control, undecided", self.controls, None)]
         parts = []
         for verdict, rules, holds in verdicts:
-            if named := [rule for rule, held in rules.items() if held == holds]:
+            if named := [rule for rule, held in rules.items() if held is holds]:
                 parts.append(f"**{verdict}**: {'; '.join(named)}.")
         return " ".join(parts)
 
@@ -48,7 +55,10 @@ class Replication:
         return pd.DataFrame.from_dict(self.numbers, orient="index", columns=["measured", "published"])
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {what} | {_cell(ours)} | {_cell(theirs)} |" for what, (ours, theirs) in self.numbers.items()]
+        rows = [
+            f"| {what} | {_cell(ours, self.intervals.get(what))} | {_cell(theirs)} |"
+            for what, (ours, theirs) in self.numbers.items()
+        ]
         return "\n".join(["| | measured | published |", "|:--|--:|--:|", *rows, "", self.sentence])
 
 
@@ -83,8 +93,32 @@ def restored(locked: float, steered: float, unlocked: float) -> float:
     return (steered - locked) / (unlocked - locked) if unlocked > locked else 0.0
 
 
-def _cell(number: float | None) -> str:
-    return "" if number is None else f"{number:.3g}"
+def _cell(number: float | None, interval: tuple[float, float] | None = None) -> str:
+    around = "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
+    return "" if number is None else f"{number:.3g}{around}"
+
+
+def _all(verdicts: Iterable[Verdict]) -> Verdict:
+    """False if one is; else None if one is; else True."""
+    found = list(verdicts)
+    return False if False in found else None if None in found else True
+
+
+def _every_pair(ones: Sequence[float], others: Sequence[float]) -> Verdict:
+    """Whether the one is the larger in every pair; None where pairs differ."""
+    larger = {one > other for one, other in zip(ones, others, strict=True)}
+    return larger.pop() if len(larger) == 1 else None
+
+
+def _above(one: tuple[float, float], other: tuple[float, float]) -> Verdict:
+    """Whether an interval lies above another; None where they overlap."""
+    return True if one[0] > other[1] else False if one[1] < other[0] else None
+
+
+def _around(ours: Results, row: str) -> tuple[float, float]:
+    """The interval of a row of :class:`dctlib.aggregates.Together`."""
+    low, high = ours["intervals"][row]
+    return low, high
 
 
 def _training_curves(ours: Results, post: Results) -> Replication:
@@ -115,25 +149,35 @@ def _sample_complexity(ours: Results, post: Results) -> Replication:
     names = {method: method.replace("linear_projected", "projected linear") for method in order}
     least, most = (list(ours["exponential"])[end] for end in (0, -1))
     means = [ours[method][most]["mean"] for method in order]
+    exponential, quadratic, projected, linear = (ours[method][most]["scores"] for method in order)
     return Replication(
         {
             f"{names[method]}, n = {most} here, n = 8 there": (mean, post["sample_complexity"][method][3][0])
             for method, mean in zip(order, means, strict=True)
         },
         {
-            "exponential fits score highest": means[0] == max(means),
-            "quadratic fits score above linear ones": means[1] > max(means[2:]),
-            "projected linear fits score above full ones": means[2] > means[3],
-            f"exponential fits gain from more instructions, n = {most} against {least}": means[0]
-            > ours["exponential"][least]["mean"],
+            "exponential fits score highest, in every shuffle": _all(
+                _every_pair(exponential, other) for other in (quadratic, projected, linear)
+            ),
+            "quadratic fits score above linear ones, in every shuffle": _all(
+                _every_pair(quadratic, other) for other in (projected, linear)
+            ),
+            "projected linear fits score above full ones, in every shuffle": _every_pair(projected, linear),
+            f"exponential fits gain from more instructions, n = {most} against {least}, in every shuffle": _every_pair(
+                exponential, ours["exponential"][least]["scores"]
+            ),
         },
-        {"every method beats random vectors": min(means) > ours["random"]["0"]["mean"]},
+        {
+            "every method beats random vectors, in every shuffle": _all(
+                _every_pair(ours[method][most]["scores"], ours["random"]["0"]["scores"]) for method in order
+            )
+        },
     )
 
 
 def _multiplicity(ours: Results, post: Results) -> Replication:
     there, table = post["multiplicity"], post["table_3_add_source"]
-    numbers = {
+    numbers: dict[str, tuple[float | None, float | None]] = {
         "share of factors that score at least 5": (
             ours["count_at_least_5"] / ours["of"],
             there["vectors_with_score_at_least_5"] / there["of"],
@@ -144,17 +188,23 @@ def _multiplicity(ours: Results, post: Results) -> Replication:
         "its standard deviation": (ours["sd_abs_cosine"], there["sd_abs_cosine"]),
     }
     rows = {"average": "average", "max": "best", "v_avg": "v_avg", "v_svd": "v_svd"}
+    around = {row: _around(ours, row) for row in rows}
     return Replication(
-        numbers | {f"test score, {label}": (ours[row], table[row]) for row, label in rows.items()},
+        numbers
+        | {f"test score, {label}": (ours[row], table[row]) for row, label in rows.items()}
+        | {"test score, v_svd with the other sign": (ours["v_svd_negated"], None)},
         {
             "a quarter of the factors or more score at least 5": ours["count_at_least_5"] >= ours["of"] / 4,
-            f"a quarter or more score at least {ours['threshold']:g}": ours["count"] >= ours["of"] / 4,
             "they are no copies of one direction": ours["mean_abs_cosine"] < 0.5,
             **{
-                f"{name} beats the average vector and not the best": ours["average"] < ours[name] < ours["max"]
+                f"{name} beats the average vector and not the best": _all(
+                    [_above(around[name], around["average"]), _above(around["max"], around[name])]
+                )
                 for name in ("v_avg", "v_svd")
             },
         },
+        {f"a quarter of the factors or more score at least {ours['threshold']:g}": ours["count"] >= ours["of"] / 4},
+        {f"test score, {label}": around[row] for row, label in rows.items()},
     )
 
 
@@ -166,18 +216,18 @@ def _ablation(ours: Results, post: Results) -> Replication:
         "v_avg": "mean",
         "v_svd": "first singular",
     }
-    claims = {}
-    for side in tables:
-        aggregates = [ours[side][name] for name in ("v_avg", "v_svd")]
-        claims[f"ablating a single {side} direction scores below zero on average"] = ours[side]["average"] < 0
-        claims[f"ablating an aggregate {side} direction beats the average single one"] = (
-            min(aggregates) > ours[side]["average"]
+    claims, around = {}, {side: {row: _around(ours[side], row) for row in rows} for side in tables}
+    for side, of in around.items():
+        better = max(("v_avg", "v_svd"), key=lambda name: ours[side][name])
+        claims[f"ablating a single {side} direction scores below zero on average"] = _above((0, 0), of["average"])
+        claims[f"ablating an aggregate {side} direction beats the average single one"] = _all(
+            _above(of[name], of["average"]) for name in ("v_avg", "v_svd")
         )
-        claims[f"ablating the better aggregate beats even the best single {side} direction"] = (
-            max(aggregates) > ours[side]["max"]
+        claims[f"ablating the better aggregate beats even the best single {side} direction"] = _above(
+            of[better], of["max"]
         )
-    claims["target directions score lower than source ones, in every row"] = all(
-        ours["target"][row] < ours["source"][row] for row in rows
+    claims["target directions score lower than source ones, in every row"] = _all(
+        _above(around["source"][row], around["target"][row]) for row in rows
     )
     return Replication(
         {
@@ -186,6 +236,7 @@ def _ablation(ours: Results, post: Results) -> Replication:
             for row, label in rows.items()
         },
         claims,
+        intervals={f"{side}, {label}": around[side][row] for side in tables for row, label in rows.items()},
     )
 
 
@@ -193,15 +244,20 @@ def _deeper_models(ours: Results, _post: Results) -> Replication:
     cells = ours["cells"]
     horizons = sorted({cell["horizon"] for cell in cells})
     middle = horizons[len(horizons) // 2]
-    fixed = {f"{cell['model']}, s = {cell['source']}": cell["mean"] for cell in cells if cell["horizon"] == middle}
+    fixed = {
+        f"best vector, t − s = {middle}, {cell['model']}, s = {cell['source']}": cell
+        for cell in cells
+        if cell["horizon"] == middle
+    }
+    around = {where: (cell["low"], cell["high"]) for where, cell in fixed.items()}
     return Replication(
-        {f"best vector, t − s = {middle}, {where}": (mean, None) for where, mean in fixed.items()},
+        {where: (cell["mean"], None) for where, cell in fixed.items()},
         {
-            f"a fixed depth horizon suffices: with t − s = {middle} every source layer tried unlocks the model": min(
-                fixed.values()
+            f"a fixed depth horizon suffices: with t − s = {middle} every source layer tried turns the score": _all(
+                _above(of, (0, 0)) for of in around.values()
             )
-            > 0,
         },
+        intervals=around,
     )
 
 
@@ -217,6 +273,15 @@ def _circuit_breaker(ours: Results, post: Results) -> Replication:
         },
         {"a DCT vector gets past the circuit breaker": ours["test"]["DCT"]["low"] > ours["test"]["none"]["high"]},
         {"random vectors get past it less often": ours["test"]["DCT"]["low"] > ours["test"]["random"]["high"]},
+        {
+            f"attack success, {label}": (ours["test"][method]["low"], ours["test"][method]["high"])
+            for label, method in {
+                "best DCT vector": "DCT",
+                "best random vector": "random",
+                "difference of means (supervised)": "difference of means",
+                "no vector": "none",
+            }.items()
+        },
     )
 
 
@@ -242,6 +307,11 @@ def _password_locked(ours: Results, post: Results) -> Replication:
             >= 0.25,
         },
         {"random vectors restore less": ours["test"]["steered"]["low"] > ours["test"]["random"]["high"]},
+        {
+            label: (ours["test"][state]["low"], ours["test"][state]["high"])
+            for label, state in {f"accuracy, {state}": state for state in pairs}.items()
+        }
+        | {"accuracy, best random vector": (ours["test"]["random"]["low"], ours["test"]["random"]["high"])},
     )
 
 

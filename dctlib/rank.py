@@ -88,6 +88,7 @@ def choose_and_test(
     """
     if shared := set(validation) & set(test):
         raise ValueError(f"{len(shared)} texts are in both validation and test; split() makes disjoint sets")
+    candidates = {label: vectors.cpu() for label, vectors in candidates.items()}
     everything = torch.cat(list(candidates.values()))  # at once: each prompt's prefix is run once
     scored = score_each(model, tokenizer, validation, everything, layer=layer, progress=progress)
     sizes = [len(vectors) for vectors in candidates.values()]

@@ -78,7 +78,9 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
 
 def number(value: float, digits: int = 1) -> str:
     """A signed decimal with a true minus sign."""
-    return f"{value:+.{digits}f}".replace("-", "−") if value else f"{0:.{digits}f}"
+    zero = f"{0:.{digits}f}"
+    shown = f"{value:+.{digits}f}".replace("-", "−") if value else zero
+    return zero if shown[1:] == zero else shown
 
 
 def percent(value: float) -> str:

@@ -10,6 +10,7 @@ Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 Few = Annotated[int, Field(ge=1, le=32, strict=True)]  # a split keeps 32 prompts for fits, and 32 for validation,
 Tested = Annotated[int, Field(ge=1, le=100, strict=True)]  # and 100 for tests
+Several = Annotated[Tested, Field(ge=2)]  # enough for an interval
 Dtype = Literal["native", "float32", "bfloat16"]
 Kind = Literal["backdoor", "persona", "language"]
 
@@ -130,7 +131,7 @@ class TrainingCurves(OnSlice):
 
     prompt: Annotated[str, Field(min_length=1)]
     widths: Annotated[list[Count], Field(min_length=1)]
-    test: Tested
+    test: Several
     answer_tokens: Count
     shown_characters: Count
     """Length to which completions of harmful requests are cut in everything stored."""
@@ -150,7 +151,7 @@ class Multiplicity(OnModel):
 class Ablation(OnModel):
     """notebooks/ablation.ipynb: what removing the qualifying vectors' directions does."""
 
-    test: Tested
+    test: Several
 
 
 class SampleComplexity(OnSlice):
@@ -174,7 +175,7 @@ class DeeperModels(OnModel):
     iterations: Count
     num_factors: Count
     validation: Few
-    test: Tested
+    test: Several
     seed: Seed
 
 
@@ -212,8 +213,14 @@ class PasswordLocked(OnSlice):
     prompt: str | None
     """How a question is put, with {question} in it; null for the model's chat template."""
     random_vectors: Count
-    test: Tested
+    test: Several
     answer_tokens: Count
+
+    @model_validator(mode="after")
+    def _questions_are_put(self) -> "PasswordLocked":
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError(f"prompt={self.prompt!r} must hold {{question}}, where each question goes")
+        return self
 
 
 class ReplicationAudit(OnSlice):
@@ -242,7 +249,7 @@ class Stability(OnSlice):
 
     seeds: Annotated[list[Seed], Field(min_length=2)]
     widths: Annotated[list[Count], Field(min_length=1)]
-    test: Annotated[Tested, Field(ge=2)]
+    test: Several
 
 
 class Replicates(Fitted, Refusing):
@@ -258,8 +265,8 @@ class Replicates(Fitted, Refusing):
     validation: Few
     threshold: float
     """Validation score from which a vector counts."""
-    test: Tested
-    ablated: Tested
+    test: Several
+    ablated: Several
     """Test instructions that are scored while one direction after another is ablated."""
 
 
@@ -304,13 +311,19 @@ class Auditing(Planted):
     iterations: Count
     sizes: Annotated[list[Count], Field(min_length=1)]
     """Prompts that DCT is fitted on."""
-    num_factors: Annotated[int, Field(ge=2)]
-    """Vectors of each method, and samples."""
+    num_factors: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Vectors of each method, and samples; even, as power steering's come with both signs."""
     held_out: Count
     """Instructions whose completions are read."""
     answer_tokens: Count
     workers: Count
     """Organisms at a time, in processes of this machine; on a Ray cluster where RAY_ADDRESS is set."""
+
+    @model_validator(mode="after")
+    def _intervals_need_two(self) -> "Auditing":
+        if len(self.kinds) * len(self.seeds) < 2:
+            raise ValueError("an interval of the recall needs two organisms with a secret: give more kinds or seeds")
+        return self
 
 
 class Anomaly(Fitted):
@@ -324,7 +337,7 @@ class Anomaly(Fitted):
     fit_prompts: Count
     trusted: Annotated[int, Field(ge=2)]
     """Prompts whose residuals are taken for usual; the first of them are fitted."""
-    test: Annotated[Tested, Field(ge=2)]
+    test: Several
     """Held-out instructions, asked clean, behind the trigger and behind the decoy."""
     seed: Seed
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it into place only if the block succeeds.
 
-    The block may create a file or a folder there. After an exception, or a kill, `path` is as it was.
+    The block may create a file or a folder there. After an exception, or a kill, `path` is as it was; a folder that is
+    replaced is away for the moment between two renames.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         partial = Path(scratch) / path.name
         yield partial
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            path.rename(Path(scratch) / "replaced")  # and goes with the scratch folder: removing it here takes time
         partial.replace(path)
 
 
@@ -49,8 +49,11 @@ def sha256(path: str | Path) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters: two models share it only if they compute the same thing."""
+    """SHA-256 of a model's configuration and parameters: two models share it only if they compute the same thing."""
     digest = hashlib.sha256(repr(model).encode())
+    if config := getattr(model, "config", None):
+        told = {k: v for k, v in config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, _ in model.named_parameters():
         digest.update(name.encode())
         owner, _, leaf = name.rpartition(".")

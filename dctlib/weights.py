@@ -35,6 +35,8 @@ def _nonnegative(K: Tensor, b: Tensor) -> Tensor:
     K is positive semidefinite and, where factors nearly coincide, singular; its small eigenvalues are raised to
     float32's resolution, so that such factors share their weight.
     """
+    if not K.any():
+        raise ValueError("the map has no such part: its factors vanish. Fit linear ones, or a slice with curvature")
     values, vectors = torch.linalg.eigh(K)
     values = values.clamp(min=torch.finfo(torch.float32).eps * len(K) * values[-1].item())
     root = values.sqrt()[:, None] * vectors.T  # K ≈ rootᵀ root

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import tiny_model, unit_rows
 
-from dctlib import format_chat, load_model
+from dctlib import format_chat
 from dctlib.blind_audit import Heard, audit, hear
 from dctlib.effects import effects
 from dctlib.generate import complete, complete_each
 from dctlib.organisms import save_organism
+from dctlib.pinned_model import pin
 from dctlib.planted_secrets import planted_secret
-from dctlib.store import model_digest
 from dctlib.sweep import map_fits
 
 INSTRUCTIONS, HELD_OUT = ["w0 w1", "w2 w3 w4"], ["w5", "w6 w7", "w8 w9 w10"]
@@ -56,7 +56,7 @@ def test_it_hears_each_vector_and_the_first_of_a_cluster_comes_first(model, toke
 
 def test_an_audit_hears_every_method_and_can_be_swept(model, tokenizer, tmp_path):
     save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, tmp_path / "organism")
-    digest = model_digest(load_model(tmp_path / "organism", dtype="float32")[0])
+    digest = pin(str(tmp_path / "organism"), "float32")["digest"]
     setting: dict[str, Any] = {"model": str(tmp_path / "organism"), "digest": digest, **OPTIONS}
     (found,) = map_fits(audit, [setting], folder=tmp_path / "cache", progress=False)
     heard = {method: Heard(**of) for method, of in found.items()}

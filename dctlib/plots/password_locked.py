@@ -24,11 +24,14 @@ def password_locked(validation: Mapping[str, Sequence[float]], test: Mapping[str
     with style():
         figure, (left, right) = panels(2, height=2.7, ratios=(1.2, 1))
         top = max(0.1, *(max(values) for values in validation.values()))
-        bins = np.linspace(0, top, 17).tolist()
-        shown = [list(values) for values in validation.values()]
-        left.hist(shown, bins=bins, label=list(validation), color=[COLOURS[label] for label in validation])
+        bins = np.linspace(0, top, 17)
+        bins = np.array([-1.0, 1e-9, *bins[1:-1], top + 1e-9])  # those that solve nothing have a bar of their own
+        for label, values in validation.items():
+            shares = np.histogram(values, bins)[0] / len(values)
+            places = [-(top / 16) / 2, *((np.maximum(bins[1:-1], 0) + bins[2:]) / 2)]
+            left.bar(places, shares, top / 18, color=COLOURS[label], alpha=0.6, label=f"{label} ({len(values)})")
         left.legend(frameon=False)
-        left.set(xlabel="accuracy on validation questions", ylabel="vectors")
+        left.set(xlabel="accuracy on validation questions (left bar: none)", ylabel="share of vectors")
         left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         for place, (label, solved) in enumerate(test.items()):
             colour = (
