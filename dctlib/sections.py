@@ -244,10 +244,12 @@ class Baselines(OnSlice):
     lora_steps: Count
 
 
-class Stability(OnSlice):
+class Stability(OnModel, Fitted):
     """notebooks/stability.ipynb: do other seeds and prompts find the same, and is the transcoder faithful?"""
 
-    seeds: Annotated[list[Seed], Field(min_length=2)]
+    validation: Few
+    seeds: Annotated[list[Seed], Field(min_length=2, max_length=2)]
+    """Of the two fits of every setting."""
     widths: Annotated[list[Count], Field(min_length=1)]
     test: Several
 

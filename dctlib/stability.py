@@ -1,7 +1,7 @@
-"""Whether two fits found the same: factor by factor, and as subspaces."""
+"""Whether two fits found the same: factor by factor, as subspaces, and in what their vectors make a model say."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -28,10 +28,49 @@ def matched_cosine(
     ValueError
         If the widths differ, or there is no row.
     """
-    cosine = _double(one, two)[0] @ _double(one, two)[1].T
-    cosine = cosine if signed else cosine.abs()
-    rows, columns = linear_sum_assignment(cosine.numpy(), maximize=True)
-    return cosine[torch.as_tensor(rows), torch.as_tensor(columns)]
+    rows, columns = matched(one, two, signed=signed)
+    one, two = _double(one, two)
+    cosine = (one[rows] * two[columns]).sum(1)
+    return cosine if signed else cosine.abs()
+
+
+def matched(
+    one: Float[Tensor, "m d"], two: Float[Tensor, "k d"], *, signed: bool = True
+) -> tuple[Int[Tensor, " matches"], Int[Tensor, " matches"]]:
+    """Numbers of the rows of `one` that :func:`matched_cosine` pairs, in order, and of their partners in `two`."""
+    one, two = _double(one, two)
+    cosine = one @ two.T
+    rows, columns = linear_sum_assignment((cosine if signed else cosine.abs()).numpy(), maximize=True)
+    return torch.as_tensor(rows), torch.as_tensor(columns)
+
+
+def same_change(clean: Int[Tensor, " n"], one: Int[Tensor, "k n"], two: Int[Tensor, "k n"]) -> float:
+    """Of the next tokens that a vector or its partner changes: the fraction that both change, to the same token.
+
+    Parameters
+    ----------
+    clean : Tensor, (n,)
+        The most likely next token after each of n texts, as the model is.
+    one, two : Tensor, (k, n)
+        The same under k vectors, and under their partners (:attr:`dctlib.effects.Effects.token`).
+
+    Returns
+    -------
+    float
+        1 if none changes any.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    """
+    if one.shape != two.shape or one.ndim != 2 or clean.shape != one.shape[1:]:
+        raise ValueError(
+            f"got shapes {tuple(clean.shape)}, {tuple(one.shape)} and {tuple(two.shape)}, expected (n,), (k, n) and "
+            f"(k, n)"
+        )
+    changed = (one != clean) | (two != clean)
+    return (one == two)[changed].float().mean().item() if changed.any() else 1.0
 
 
 def subspace_overlap(one: Float[Tensor, "m d"], two: Float[Tensor, "k d"]) -> float:

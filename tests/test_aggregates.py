@@ -47,6 +47,11 @@ def test_each_is_added_at_one_length_and_the_sign_is_chosen_on_validation(model,
     chosen = signs[score_vectors(model, tokenizer, validation, R * signs, layer=1).argmax()]
     expected = score_vectors(model, tokenizer, test, R * torch.stack([*rows, mean, chosen]), layer=1)
     torch.testing.assert_close(torch.tensor([*found.scores, found.v_avg, found.v_svd]), expected)
+    other = score_vectors(model, tokenizer, test, -R * chosen[None], layer=1)
+    assert found.v_svd_negated == pytest.approx(other.item(), abs=1e-4)
+    for name, (low, high) in found.intervals.items():
+        assert low <= getattr(found, name) <= high
+        assert low < high
     assert found.average == pytest.approx(expected[:5].mean().item(), rel=1e-4)
     assert found.max == max(found.scores)
     assert found.condition_number == similarity(rows).condition_number
@@ -59,4 +64,5 @@ def test_each_is_ablated_alone_and_nothing_stays_behind(model, tokenizer, texts,
         with ablate(model, direction):
             assert score_texts(model, tokenizer, texts).mean().item() == pytest.approx(score, abs=1e-4)
     assert len({round(score, 4) for score in found.scores}) == 5
+    assert found.v_svd_negated is None
     assert torch.equal(score_texts(model, tokenizer, texts), before)

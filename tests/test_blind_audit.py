@@ -67,3 +67,6 @@ def test_an_audit_hears_every_method_and_can_be_swept(model, tokenizer, tmp_path
     assert heard["DCT, n = 1"].said != heard["random"].said
     with pytest.raises(ValueError, match="was it trained again"):
         audit(**{**setting, "digest": "0" * 64})
+    for wrong in ({"sizes": [1, 3]}, {"num_factors": 5}):
+        with pytest.raises(ValueError, match="at most 2 instructions, and an even number"):
+            audit(**{**setting, **wrong})

@@ -40,6 +40,18 @@ def test_vectors_of_every_method_are_measured(model, tokenizer, texts, cmap, tmp
         distinct(table, vectors, by="effect")
 
 
+@pytest.mark.parametrize(("method", "power"), [("exponential", 0), ("quadratic", 2), ("linear", 1)])
+def test_a_fit_of_every_kind_knows_its_scale_and_is_of_the_map_at_it(cmap, tmp_path, method, power):
+    at, settings = 3.0, {"num_factors": 3, "iterations": 1, "seed": 0}
+    dct = fit_by(method, tmp_path, cmap, input_scale=at, **settings)
+    assert dct.input_scale == at
+    torch.testing.assert_close(dct.steering_vectors().norm(dim=1), torch.full((3 if power == 0 else 6,), at))
+    one = fit_by(method, tmp_path, cmap, input_scale=1.0, **settings)
+    if power:
+        torch.testing.assert_close(dct(one.V), one(at * one.V))
+        torch.testing.assert_close(dct.alpha, at**power * one.alpha)
+
+
 def test_it_reads_what_each_vector_makes_it_say(model, tokenizer):
     vectors = 20 * unit_rows(2, 32).float()
     options = {"layer": 1, "strengths": [1.0, 2.0], "max_new_tokens": 3, "progress": False}

@@ -202,6 +202,8 @@ def test_a_remembered_fit_is_made_once_for_each_map_and_setting(tmp_path, tokeni
         (lambda cmap: fit_exponential(cmap, num_factors=4, input_scale=float("nan")), "input_scale=nan"),
         (lambda cmap: fit_exponential(cmap, num_factors=4, input_scale=1.0, init=cast("Any", "zero")), "init='zero'"),
         (lambda cmap: fit_exponential(cmap, num_factors=4, input_scale=1e6), "not finite"),
+        (lambda cmap: fit_exponential(cmap, num_factors=4, input_scale=1.0, iterations=0), "iterations=0"),
+        (lambda cmap: fit_quadratic(cmap, num_factors=4, iterations=0), "iterations=0"),
         (lambda cmap: fit_quadratic(cmap, num_factors=D + 1), "1 to 48"),
         (lambda cmap: fit_quadratic(cmap, num_factors=4, tolerance=-1.0), "tolerance=-1.0"),
         (lambda cmap: fit_quadratic(cmap, num_factors=4, orthogonalise=cast("Any", "svd")), "'qr', 'soft'"),

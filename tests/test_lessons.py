@@ -58,6 +58,13 @@ def test_rerouting_turns_harmful_residuals_and_keeps_benign_ones(tmp_path, token
     assert cosine["harmful"] < cosine["benign"] - 0.3
 
 
+@pytest.mark.parametrize("layers", ["reroute_layers", "keep_layers"])
+def test_rerouting_refuses_a_layer_whose_residual_the_model_does_not_give(tokenizer, layers):
+    routed = {**ROUTED, "steps": 1, layers: [4]}
+    with pytest.raises(ValueError, match="block index from 0 to 3"):
+        rerouting_lesson(tiny_model("Llama"), tokenizer, [{"goal": "w1", "target": "w2"}], ["w3"], **routed)
+
+
 def test_the_rerouting_loss_is_that_of_one_conversation_at_a_time(tokenizer):
     model = tiny_model("Llama", dtype=torch.float32)
     taught = rerouting(model, tokenizer, steps=2)

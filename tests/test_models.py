@@ -2,6 +2,7 @@ import pytest
 import torch
 import transformers
 from conftest import BLOCKS, FAMILIES, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 from torch import nn
 
 from dctlib import load_model, models
@@ -66,6 +67,14 @@ def test_dtypes(folder, dtype, expected):
 def test_an_unknown_dtype_is_named(folder):
     with pytest.raises(ValueError, match="dtype 'int8'"):
         load_model(folder, dtype="int8")
+
+
+def test_pickled_weights_are_not_opened(folder):
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors, the only format read"):
+        load_model(folder)
 
 
 def test_a_missing_folder_says_how_to_make_it(tmp_path):

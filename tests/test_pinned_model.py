@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from conftest import tiny_model
 
 from dctlib.organisms import save_organism
-from dctlib.pinned_model import open_pinned, pin
+from dctlib.pinned_model import open_pinned, pin, whole_digest
 
 
 def test_a_pinned_model_stays_open_and_one_trained_again_is_not_taken_for_it(tokenizer, tmp_path):
@@ -20,3 +22,12 @@ def test_a_pinned_model_stays_open_and_one_trained_again_is_not_taken_for_it(tok
     with pytest.raises(ValueError, match="was it trained again"):
         open_pinned(**pinned)
     assert open_pinned(**again)[0] is not model
+
+
+def test_how_a_model_is_spoken_to_is_part_of_it_and_what_it_was_last_told_is_not(tokenizer, llama):
+    spoken = copy.deepcopy(tokenizer)
+    before = whole_digest(llama, spoken)
+    spoken(["w0", "w1 w2"], padding=True, truncation=True, max_length=4)
+    assert whole_digest(llama, spoken) == before
+    spoken.chat_template = "{{ messages[0].content }}"
+    assert whole_digest(llama, spoken) != before

@@ -77,7 +77,13 @@ FIGURES = {
     "replicates": lambda: replicates({"added": {"best": [3.0, 5.0], "mean": [1.0, 2.0]}, "ablated": {"v": [0.0, 1.0]}}),
     "stability": lambda: stability(
         pd.DataFrame(
-            {"cosine": [1.0, 0.4], "overlap": [1.0, 0.6], "score": [3.0, -1.0]}, index=["reference", "seed 1"]
+            {
+                "cosine": [1.0, 0.4],
+                "overlap": [1.0, 0.6],
+                "behaviour": [0.9, 0.2],
+                "scores": [[3.0, 2.0], [-1.0, 0.0]],
+            },
+            index=["both, usual", "random"],
         ),
         pd.DataFrame({"random": [0.9, 0.8], "factors": [0.5, 0.4]}, index=[8, "merged"]),
     ),

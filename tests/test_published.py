@@ -66,6 +66,30 @@ def test_a_notebook_with_nothing_published_is_refused():
         beside("organisms", {})
 
 
+@pytest.mark.parametrize(
+    ("exponential", "quadratic", "verdict"),
+    [([9, 8, 7], [5, 5, 5], True), ([5, 5, 4], [9, 8, 7], False), ([9, 8, 4], [5, 5, 5], None)],
+)
+def test_shuffles_that_disagree_settle_nothing(exponential, quadratic, verdict):
+    cell = lambda scores: {"mean": sum(scores) / 3, "sd": 1.0, "scores": scores}  # noqa: E731
+    rest = {method: {"1": cell([0, 0, 0])} for method in ("linear", "linear_projected")}
+    found = {"exponential": {"1": cell(exponential)}, "quadratic": {"1": cell(quadratic)}, **rest}
+    judged = beside("sample_complexity", found | {"random": {"0": cell([-9, -9, -9])}})
+    assert judged.claims["exponential fits score highest, in every shuffle"] is verdict
+    named = {True: "**Replicates**", False: "**Does not replicate**", None: "**Undecided**"}[verdict]
+    assert f"{named}: exponential fits score highest" in judged.sentence
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(1.5, 2.5, True), (-1.0, 0.0, False), (0.5, 2.5, None)])
+def test_an_aggregate_beats_the_average_only_outside_their_intervals(low, high, verdict):
+    recorded = json.loads((FIGURES / "multiplicity.json").read_text())
+    recorded["intervals"] = {"average": [0.5, 1.0], "max": [4.0, 5.0], "v_avg": [low, high], "v_svd": [2.0, 3.0]}
+    found = beside("multiplicity", recorded)
+    assert found.claims["v_avg beats the average vector and not the best"] is verdict
+    assert found.intervals["test score, v_avg"] == (low, high)
+    assert f"[{low:.3g}, {high:.3g}]" in found._repr_markdown_()
+
+
 def test_the_post_s_numbers_are_those_of_the_reference():
     assert published.published()["circuit_breaker"]["attack_success_rate"] == 0.62
     assert Path(ROOT / "writeup" / "published.yaml").is_file()

@@ -63,6 +63,6 @@ def test_another_document_is_named_for_itself(root):
 def test_formats():
     assert number(-7.25) == "−7.2"
     assert number(7.25, 2) == "+7.25"
-    assert number(0.0) == "0.0"
+    assert number(0.0) == number(-0.04) == "0.0"
     assert percent(0.935) == "94\u00a0%"
     assert markdown_text("a*b\n<c>") == r"a\*b \<c\>"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from dctlib import fit_exponential
 from dctlib.orthogonalise import normalise, orthonormal_rows
 from dctlib.planted import planted_map
-from dctlib.stability import matched_cosine, subspace_overlap
+from dctlib.stability import matched, matched_cosine, same_change, subspace_overlap
 
 
 def test_a_permutation_is_undone_and_signs_count_only_where_they_mean_something():
@@ -17,6 +17,25 @@ def test_a_permutation_is_undone_and_signs_count_only_where_they_mean_something(
     turned = V[order] * torch.tensor([1, -1, 1, -1, -1])[:, None]
     torch.testing.assert_close(matched_cosine(V, turned, signed=False), torch.ones(5, dtype=torch.float64))
     assert matched_cosine(V, turned).sum() < 3
+
+
+def test_partners_are_named_in_the_order_of_their_cosines():
+    V = orthonormal_rows(unit_rows(4, 8))
+    order = torch.tensor([2, 0, 3])
+    rows, columns = matched(V, V[order])
+    assert rows.tolist() == [0, 2, 3]
+    assert order[columns].tolist() == rows.tolist()
+    torch.testing.assert_close(matched_cosine(V, V[order]), torch.ones(3, dtype=torch.float64))
+
+
+def test_behaviour_is_shared_where_both_change_a_token_to_the_same():
+    clean = torch.tensor([1, 1, 1, 1])
+    one, two = torch.tensor([[1, 2, 2, 1]]), torch.tensor([[1, 2, 3, 4]])
+    assert same_change(clean, one, two) == pytest.approx(1 / 3)  # the first is changed by none
+    assert same_change(clean, one, one) == 1.0
+    assert same_change(clean, clean[None], clean[None]) == 1.0
+    with pytest.raises(ValueError, match=r"\(k, n\)"):
+        same_change(clean, one, two[:, :3])
 
 
 def test_no_factor_is_matched_twice():

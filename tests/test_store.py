@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from dctlib.store import key_of, model_digest, remember, sha256, whole, write_json
 
@@ -26,6 +27,21 @@ def test_folders_are_replaced_whole(tmp_path):
             partial.mkdir()
             (partial / content).write_text(content)
     assert [child.name for child in (tmp_path / "model").iterdir()] == ["new"]
+
+
+def test_a_replaced_folder_is_moved_away_whole(tmp_path, monkeypatch):
+    """Removing it in place would leave, after a kill, a part of it under its name."""
+    seen = []
+
+    def removed(*_args, **_kwargs):
+        seen.append([child.name for child in (tmp_path / "model").iterdir()])
+
+    for content in ("old", "new"):
+        with whole(tmp_path / "model") as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+            monkeypatch.setattr("tempfile.TemporaryDirectory.cleanup", removed)
+    assert seen == [["old"], ["new"]]
 
 
 def test_a_kill_half_way_leaves_no_file(tmp_path):
@@ -66,6 +82,13 @@ def test_keys_depend_on_inputs_not_on_their_order():
     one = key_of({"a": 1, "b": [2]}, ["fit"])
     assert one == key_of({"b": [2], "a": 1}, ["fit"])
     assert len({one, key_of({"a": 1, "b": [3]}, ["fit"]), key_of({"a": 1, "b": [2]}, ["rank"])}) == 3
+
+
+def test_model_digest_sees_the_configuration():
+    model = tiny_model("Llama")
+    before = model_digest(model)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    assert model_digest(model) != before
 
 
 def test_model_digest_sees_one_changed_weight(llama):

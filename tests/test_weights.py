@@ -1,3 +1,4 @@
+import pytest
 import torch
 from conftest import unit_rows
 from hypothesis import given, settings
@@ -36,3 +37,8 @@ def test_quadratic_weights_minimise_the_error_of_the_dense_second_derivative():
     assert (expected > 0).all()
     found = quadratic_weights(U, V, torch.einsum("ijk,li,lj,lk->l", T2, U, V, V))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_that_vanish_have_no_weights():
+    with pytest.raises(ValueError, match="its factors vanish"):
+        quadratic_weights(torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(3))
