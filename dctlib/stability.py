@@ -5,6 +5,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dctlib.effects import Effects
+
 
 def matched_cosine(
     one: Float[Tensor, "m d"], two: Float[Tensor, "k d"], *, signed: bool = True
@@ -44,15 +46,13 @@ def matched(
     return torch.as_tensor(rows), torch.as_tensor(columns)
 
 
-def same_change(clean: Int[Tensor, " n"], one: Int[Tensor, "k n"], two: Int[Tensor, "k n"]) -> float:
+def same_change(one: Effects, two: Effects) -> float:
     """Of the next tokens that a vector or its partner changes: the fraction that both change, to the same token.
 
     Parameters
     ----------
-    clean : Tensor, (n,)
-        The most likely next token after each of n texts, as the model is.
-    one, two : Tensor, (k, n)
-        The same under k vectors, and under their partners (:attr:`dctlib.effects.Effects.token`).
+    one, two : Effects
+        Of k vectors, and of their partners in the same order, on the same n texts.
 
     Returns
     -------
@@ -62,15 +62,14 @@ def same_change(clean: Int[Tensor, " n"], one: Int[Tensor, "k n"], two: Int[Tens
     Raises
     ------
     ValueError
-        If the shapes differ.
+        If they are not of as many vectors and texts.
     """
-    if one.shape != two.shape or one.ndim != 2 or clean.shape != one.shape[1:]:
+    if one.token.shape != two.token.shape:
         raise ValueError(
-            f"got shapes {tuple(clean.shape)}, {tuple(one.shape)} and {tuple(two.shape)}, expected (n,), (k, n) and "
-            f"(k, n)"
+            f"got tokens of shapes {tuple(one.token.shape)} and {tuple(two.token.shape)}, expected equal ones"
         )
-    changed = (one != clean) | (two != clean)
-    return (one == two)[changed].float().mean().item() if changed.any() else 1.0
+    changed = (one.token != one.clean) | (two.token != two.clean)
+    return (one.token == two.token)[changed].float().mean().item() if changed.any() else 1.0
 
 
 def subspace_overlap(one: Float[Tensor, "m d"], two: Float[Tensor, "k d"]) -> float:

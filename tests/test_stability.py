@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dctlib import fit_exponential
+from dctlib.effects import Effects
 from dctlib.orthogonalise import normalise, orthonormal_rows
 from dctlib.planted import planted_map
 from dctlib.stability import matched, matched_cosine, same_change, subspace_overlap
@@ -30,12 +31,13 @@ def test_partners_are_named_in_the_order_of_their_cosines():
 
 def test_behaviour_is_shared_where_both_change_a_token_to_the_same():
     clean = torch.tensor([1, 1, 1, 1])
-    one, two = torch.tensor([[1, 2, 2, 1]]), torch.tensor([[1, 2, 3, 4]])
-    assert same_change(clean, one, two) == pytest.approx(1 / 3)  # the first is changed by none
-    assert same_change(clean, one, one) == 1.0
-    assert same_change(clean, clean[None], clean[None]) == 1.0
-    with pytest.raises(ValueError, match=r"\(k, n\)"):
-        same_change(clean, one, two[:, :3])
+    one, two, none = (
+        Effects(torch.zeros(1, 4), torch.tensor([token]), clean) for token in ([1, 2, 2, 1], [1, 2, 3, 4], [1, 1, 1, 1])
+    )
+    assert same_change(one, two) == pytest.approx(1 / 3)  # the first is changed by none
+    assert same_change(one, one) == same_change(none, none) == 1.0
+    with pytest.raises(ValueError, match=r"\(1, 4\) and \(2, 4\)"):
+        same_change(one, Effects(torch.zeros(2, 4), torch.ones(2, 4), clean))
 
 
 def test_no_factor_is_matched_twice():
