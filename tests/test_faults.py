@@ -167,26 +167,20 @@ def rewritten(path, content):
         lambda content: content.replace(b"exponential", b"exponentiel"),
     ],
 )
-def test_a_damaged_fit_is_a_clear_error_or_computed_again(fitted, damage):
+def test_a_damaged_fit_is_computed_again(fitted, damage):
     again, dct, calls, path = fitted
     rewritten(path, damage(path.read_bytes()))
-    try:
-        assert torch.equal(again().V, dct.V)
-    except ValueError as error:
-        assert str(path) in str(error) or "expected one of" in str(error)
-    else:
-        assert len(calls) == 2
+    assert torch.equal(again().V, dct.V)
+    assert len(calls) == 2
 
 
 def test_one_flipped_bit_of_a_fit_is_never_a_wrong_result(fitted):
-    again, dct, _, path = fitted
+    again, dct, calls, path = fitted
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     rewritten(path, content)
-    try:
-        found = again()
-    except ValueError:
-        return
+    found = again()
+    assert len(calls) == 2
     for name in ("U", "V", "alpha", "objective", "change"):
         assert torch.equal(getattr(found, name), getattr(dct, name))
 

@@ -44,18 +44,19 @@ def test_a_replaced_folder_is_moved_away_whole(tmp_path, monkeypatch):
     assert seen == [["old"], ["new"]]
 
 
-def test_a_kill_half_way_leaves_no_file(tmp_path):
+def test_a_kill_half_way_leaves_what_was_there(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from dctlib.store import whole\n"
         "with whole(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); print('writing', flush=True); time.sleep(60)"
     )
     path = tmp_path / "result.json"
+    path.write_text("old")
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-    assert not path.exists()
+    assert path.read_text() == "old"
 
 
 def test_json_is_readable_by_others(tmp_path):
