@@ -2,7 +2,8 @@
 
 ``python benchmarks/kill_repro.py`` runs the smoke profile in two copies of this tree under build/kills: once in peace,
 and once killed (SIGKILL, all its processes) at random moments. It exits with 1 if any metric of figures/ differs, but
-for seconds, or any picture but that of the fits' seconds. ``--kills 3 synthetic_recovery`` does so with one stage and what it needs.
+for seconds, or any picture but that of the fits' seconds. ``--kills 3 synthetic_recovery`` does so with one stage and
+what it needs.
 """
 
 import argparse
