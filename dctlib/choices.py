@@ -14,6 +14,7 @@ from dctlib.calibrate import calibrate
 from dctlib.causal_map import CausalMap
 from dctlib.concatenated_map import ConcatenatedMap
 from dctlib.fit import fit_exponential, remembered
+from dctlib.models import blocks_of
 
 _MAPS = {"averaged": CausalMap, "concatenated": ConcatenatedMap}
 
@@ -101,6 +102,8 @@ def find_each(
     ValueError
         If the reference itself has no scale, or a slice or the positions do not fit the model or the texts.
     """
+    if (deepest := source + max(of.horizon for of in variants.values())) > (count := len(blocks_of(model))):
+        raise ValueError(f"got a slice that ends at layer {deepest}, expected at most {count}, the model's blocks")
     settings = {"num_factors": num_factors, "iterations": iterations, "seed": seed}
     found: dict[Change, Found | None] = {}
     floor: dict[Change, Found] = {}

@@ -66,16 +66,25 @@ def scan_slices(
     Returns
     -------
     list of Slice
-        The most promising one first.
+        The most promising one first; those that no scale makes as non-linear as asked are left out.
+
+    Raises
+    ------
+    ValueError
+        If that is all of them.
     """
-    depth = len(blocks_of(model))
+    depth, unscaled = len(blocks_of(model)), None
     texts, asked, found = format_chat(tokenizer, instructions), format_chat(tokenizer, held_out), []
     speaking = {"max_new_tokens": answer_tokens, "progress": progress}
     clean = complete(model, tokenizer, asked, **speaking)
     speaking = speaking | {"strengths": [1.0], "most_perplexity": most_perplexity}
     for s in sorted({int(share * depth) for share in _SHARES}):
         cmap = CausalMap.from_model(model, tokenizer, texts, source=s, target=min(depth, s + max(1, depth // 3)))
-        R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
+        try:
+            R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
+        except ValueError as error:
+            unscaled = error
+            continue
         dct = fit_exponential(
             cmap, num_factors=num_factors, input_scale=R, iterations=iterations, seed=seed, progress=progress
         )
@@ -83,4 +92,8 @@ def scan_slices(
         order = effects(model, tokenizer, asked, vectors, layer=s, progress=progress).divergence.mean(1).argsort()
         said = read(model, tokenizer, held_out, clean, vectors[order[-judged:]], layer=s, **speaking)
         found.append(Slice(s, cmap.target or depth, R, sum(said.fluent) / len(said.fluent)))
+    if not found:
+        raise ValueError(
+            "no slice has a scale of this non-linearity; try another, or name source and target"
+        ) from unscaled
     return sorted(found, key=lambda each: -each.found)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -152,7 +152,7 @@ class Transcoder:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
                 facts = _Facts.model_validate_json((file.metadata() or {})["transcoder"])
             found = cls(**tensors, **facts.model_dump())
-        except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a whole transcoder file ({error}); fit and save it again") from error
         if not torch.isfinite(found.steering_vectors()).all():
             raise ValueError(f"{path} is damaged: V times input_scale is not finite; fit and save it again")

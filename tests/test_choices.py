@@ -58,8 +58,9 @@ def test_what_has_no_scale_is_none_but_the_reference_must_have_one(llama, tokeni
 
 
 def test_a_slice_that_does_not_fit_is_no_missing_scale(llama, tokenizer, texts, tmp_path):
-    with pytest.raises(ValueError, match="target <= 4"):
+    with pytest.raises(ValueError, match="ends at layer 10, expected at most 4"):
         find_each(tmp_path, llama, tokenizer, texts, one_at_a_time(USUAL, {"horizon": [9]}), **SETTINGS)
+    assert not list(tmp_path.iterdir())  # said before the first fit
     with pytest.raises(ValueError, match="fewer than positions=5"):
         find_each(tmp_path, llama, tokenizer, texts, one_at_a_time(USUAL, {"positions": [5]}), **SETTINGS)
 

@@ -122,3 +122,18 @@ def test_slices_are_within_the_model_and_the_most_promising_comes_first(model, t
     found = [each.found for each in slices]
     assert found == sorted(found, reverse=True)
     assert 0 < max(found) <= 1
+
+
+def test_slices_without_a_scale_are_left_out(model, tokenizer, monkeypatch):
+    options = {"num_factors": 4, "iterations": 1, "judged": 2, "answer_tokens": 3, "progress": False}
+
+    def only_the_second(cmap, **settings):
+        if cmap.source != 1:
+            raise ValueError("too flat")
+        return calibrate(cmap, **settings)
+
+    monkeypatch.setattr("dctlib.slices.calibrate", only_the_second)
+    slices = scan_slices(model, tokenizer, INSTRUCTIONS[:2], INSTRUCTIONS[2:], most_perplexity=1e9, **options)
+    assert [(each.source, each.target) for each in slices] == [(1, 2)]
+    with pytest.raises(ValueError, match="no slice has a scale"):
+        scan_slices(model, tokenizer, INSTRUCTIONS[:2], INSTRUCTIONS[2:], nonlinearity=1e9, **options)
