@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dctlib.plots import COLOURS, panels, style
 
@@ -42,7 +43,10 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
             right.scatter(values, rows + shift, color=colour, marker=marker, s=16, label=str(kind))
         right.axvline(1, color="0.6", lw=0.8, ls=":")
         right.set_yticks(rows, [*map(str, errors.index)])
-        right.set(xlabel="relative error, median (log scale)", xscale="log")
+        right.set(xlabel="relative error, median", xscale="log")
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter(NullFormatter())
         right.legend(
             frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.35, 1.0), ncols=2, handletextpad=0
         )
