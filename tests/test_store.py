@@ -44,19 +44,23 @@ def test_a_replaced_folder_is_moved_away_whole(tmp_path, monkeypatch):
     assert seen == [["old"], ["new"]]
 
 
-def test_a_kill_half_way_leaves_what_was_there(tmp_path):
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_kill_half_way_leaves_what_was_there(tmp_path, before):
     code = (
         "import sys, time; from pathlib import Path; from dctlib.store import whole\n"
         "with whole(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); print('writing', flush=True); time.sleep(60)"
     )
     path = tmp_path / "result.json"
-    path.write_text("old")
+    if before:
+        path.write_text(before)
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-    assert path.read_text() == "old"
+    assert path.exists() == bool(before)
+    if before:
+        assert path.read_text() == before
 
 
 def test_json_is_readable_by_others(tmp_path):
