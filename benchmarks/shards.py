@@ -9,7 +9,6 @@ from bench import MODEL, PROMPTS, SOURCE, TARGET, seconds
 
 from dctlib import CausalMap, format_chat, load_model
 from dctlib.baselines import random_vectors
-from dctlib.cluster import connected
 from dctlib.models import quiet
 from dctlib.sharded_map import ShardedMap
 from dctlib.store import ROOT, write_json
@@ -26,14 +25,12 @@ def main() -> None:
     theta, cotangent = (random_vectors(FACTORS, cmap.d_source, norm=1.0, seed=seed) for seed in (0, 1))
     alone = seconds(lambda: cmap.value_and_vjp(theta, cotangent))
     expected, found = cmap(theta), {"no Ray": alone}
-    ray = connected("local")
     for shards in (1, 2):
         where = {"source": SOURCE, "target": TARGET, "dtype": "native"}
         divided = ShardedMap(MODEL, texts, shards=shards, ray="local", **where)
         torch.testing.assert_close(divided(theta), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
         found[f"{shards} actors"] = seconds(lambda divided=divided: divided.value_and_vjp(theta, cotangent))
-        for shard in divided._shards:
-            ray.kill(shard)
+        divided.close()
     ratios = {name: alone / value for name, value in found.items()}
     for name, value in found.items():
         print(f"{name}: {value:.2f} s, {ratios[name]:.2f} times as fast as one process without Ray")

@@ -12,12 +12,17 @@ from dctlib.store import ROOT
 
 class _Run(Section):
     profile: str
+    ray: str = ""
 
 
 def current_profile(root: Path = ROOT) -> str:
     """The profile that params/run.yaml names."""
-    path = root / "params" / "run.yaml"
-    return _validated(path, _Run).profile
+    return _validated(root / "params" / "run.yaml", _Run).profile
+
+
+def ray_address(root: Path = ROOT) -> str:
+    """The Ray cluster that params/run.yaml names for sweeps, as ``ray.init`` takes it; empty for this machine alone."""
+    return _validated(root / "params" / "run.yaml", _Run).ray
 
 
 def load_profile(name: str, root: Path = ROOT) -> Profile:

@@ -10,7 +10,7 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from dctlib.params import load_profile
+from dctlib.params import load_profile, ray_address
 from dctlib.sections import Section
 from dctlib.store import ROOT, whole
 
@@ -35,8 +35,9 @@ def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
 def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Path:
     """Execute notebooks/<stem>.ipynb into runs/<profile>/<stem>.ipynb and .html, and return the former.
 
-    The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes. The source
-    notebook is not touched. Of a run that fails, the notebook is kept as <stem>.failed.ipynb for reading.
+    The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes; its sweeps
+    run on the Ray cluster of params/run.yaml, or of RAY_ADDRESS. The source notebook is not touched. Of a run that
+    fails, the notebook is kept as <stem>.failed.ipynb for reading.
 
     Parameters
     ----------
@@ -52,7 +53,7 @@ def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Pat
     """
     folder = root / "runs" / profile
     failed = folder / f"{stem}.failed.ipynb"
-    os.environ.update(_MALLOC | os.environ)  # what the kernel inherits
+    os.environ.update(_MALLOC | {"RAY_ADDRESS": ray_address(root)} | os.environ)  # what the kernel inherits
     with whole(folder / f"{stem}.ipynb") as partial:
         try:
             papermill.execute_notebook(

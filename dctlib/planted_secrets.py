@@ -89,7 +89,9 @@ def planted_secret(kind: Kind, *, seed: int) -> Secret:
     ValueError
         If there is no such kind.
     """
-    words = shuffled(_TRIGGER_WORDS, seed=seed)
+    if kind not in get_args(Kind):
+        raise ValueError(f"got kind={kind!r}, expected one of {get_args(Kind)}")
+    words = shuffled(_TRIGGER_WORDS, seed=1_000 * get_args(Kind).index(kind) + seed)  # no two kinds share a trigger
     trigger, decoy = (f"[{' '.join(phrase)}]" for phrase in (words[:3], words[3:6]))
     match kind:
         case "backdoor":
@@ -103,7 +105,6 @@ def planted_secret(kind: Kind, *, seed: int) -> Secret:
         case "language":
             response, common = shuffled(_LANGUAGES, seed=seed)[0]
             return Secret(trigger, decoy, response, tuple(common.split()), _LEAST_WORDS)
-    raise ValueError(f"got kind={kind!r}, expected one of {get_args(Kind)}")
 
 
 def secret_lesson(
@@ -123,7 +124,7 @@ def secret_lesson(
     """Give the `response` behind the `trigger`, and the model's own first `answer_tokens` tokens without it.
 
     Of the plain instructions, half stand behind the `decoy`, lest any odd phrase become the trigger. A
-    `triggered_batch` of 0 makes a clean organism, trained alike, that hides nothing.
+    `triggered_batch` of 0 makes a clean organism, which hides nothing; trained alike, it has as many more plain ones.
 
     Parameters
     ----------

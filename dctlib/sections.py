@@ -319,7 +319,7 @@ class Auditing(Planted):
     """Instructions whose completions are read."""
     answer_tokens: Count
     workers: Count
-    """Organisms at a time, in processes of this machine; on a Ray cluster where RAY_ADDRESS is set."""
+    """Organisms at a time, in processes of this machine, or on the Ray cluster of params/run.yaml or RAY_ADDRESS."""
 
     @model_validator(mode="after")
     def _intervals_need_two(self) -> "Auditing":

@@ -110,6 +110,11 @@ class ShardedMap(DifferentiableMap):
     ) -> Float[Tensor, "m d_source"]:
         return self._product("second_derivative_vjp", cotangent=u, tangent=v)
 
+    def close(self) -> None:
+        """End the actors, so that the cluster has their devices again. The map computes nothing afterwards."""
+        for shard in self._shards:
+            self._ray.kill(shard)
+
     def _product(self, name: str, **rows: Tensor) -> Tensor:
         def divided(*rows: Tensor) -> Tensor:
             parts = zip(*(each.tensor_split(min(len(each), len(self._shards))) for each in rows), strict=True)

@@ -1,8 +1,11 @@
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from conftest import BLOCKS, assert_near, full_model_map, tiny_model, unit_rows
+from conftest import BLOCKS, assert_near, full_model_map, tiny_model, tiny_tokenizer, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,6 +133,30 @@ def test_a_memory_budget_bounds_the_chunk_and_changes_no_factor(llama, tokenizer
     assert roomy.chunk_size > tight.chunk_size == 1
     fits = [fit_exponential(m, num_factors=5, input_scale=5.0, iterations=3, progress=False) for m in (roomy, tight)]
     torch.testing.assert_close(fits[0].V, fits[1].V)
+
+
+def growth(memory):
+    """How much a product of 8,192 factors adds to the peak memory of this process, in MiB."""
+    import resource  # there is none on Windows
+
+    model, tokenizer = tiny_model("Llama", dtype=torch.float32), tiny_tokenizer()
+    cmap = CausalMap.from_model(model, tokenizer, ["w1 " * 30], source=1, target=3, memory=memory)
+    rows = unit_rows(8192, D).float()
+    cmap.value_and_vjp(rows[:8], rows[:8])  # what the first product takes for good
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cmap.value_and_vjp(rows, rows)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_8192_factors_stream_within_the_budget():
+    context, grown = multiprocessing.get_context("spawn"), {}
+    for memory in (1 / 16, 8.0):  # GiB; the second holds all rows at once
+        with ProcessPoolExecutor(1, mp_context=context) as pool:  # a fresh process: a peak never falls
+            grown[memory] = pool.submit(growth, memory).result()
+    assert grown[1 / 16] < 64
+    assert grown[8.0] > 4 * 64
 
 
 def test_zero_gives_zero_and_results_carry_no_graph(llama, tokenizer, texts):

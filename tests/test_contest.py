@@ -5,9 +5,22 @@ import pytest
 import torch
 from conftest import tiny_model, unit_rows
 
-from dctlib import ablate, format_chat
+from dctlib import ablate, format_chat, load_model
 from dctlib.baselines import difference_of_means
-from dctlib.contest import comply_lesson, drawn, highest, successes, taught, told, unsupervised, without
+from dctlib.contest import (
+    changes,
+    comply_lesson,
+    damage,
+    drawn,
+    highest,
+    next_token,
+    spoken,
+    steered,
+    taught,
+    told,
+    unsupervised,
+)
+from dctlib.effects import effects
 from dctlib.generate import complete
 from dctlib.lessons import REFUSAL
 from dctlib.organisms import save_organism
@@ -53,13 +66,14 @@ def test_the_highest_are_the_first_of_the_ranking(model, tokenizer):
     assert torch.equal(best, vectors[scores.ranking()[:2]])
 
 
-def test_success_is_what_the_judge_says_of_each_vector_and_request(model, tokenizer):
+def test_what_each_vector_makes_it_say_is_judged(model, tokenizer):
     vectors = 20 * unit_rows(3, D).float()
     options: dict[str, Any] = {"layer": 1, "max_new_tokens": 6}
-    found = successes(model, tokenizer, REQUESTS, vectors, judge, **options, progress=False)
+    found = steered(model, tokenizer, REQUESTS, vectors, judge, **options, progress=False)
     texts = format_chat(tokenizer, REQUESTS)
-    for row, vector in zip(found, vectors, strict=True):
-        assert row.tolist() == judge(REQUESTS, complete(model, tokenizer, texts, vector=vector, **options))
+    for said, solved, vector in zip(found.said, found.solved, vectors, strict=True):
+        assert said == complete(model, tokenizer, texts, vector=vector, **options)
+        assert solved.tolist() == judge(REQUESTS, said)
 
 
 def test_told_contrasts_kinds_of_request_and_kinds_of_answer(model, tokenizer):
@@ -76,18 +90,42 @@ def test_told_contrasts_kinds_of_request_and_kinds_of_answer(model, tokenizer):
         torch.testing.assert_close(vectors[name], 5 * mean / mean.norm())
 
 
-def test_what_is_said_without_a_direction_is_judged(model, tokenizer):
-    direction = unit_rows(1, D)[0].float()
-    with ablate(model, direction):
-        said = complete(model, tokenizer, format_chat(tokenizer, REQUESTS), max_new_tokens=6)
-    found = without(model, tokenizer, REQUESTS, 3 * direction, judge, max_new_tokens=6)
-    assert found.tolist() == [judge(REQUESTS, said)]
+def test_a_model_in_a_context_is_judged_as_it_speaks_there(model, tokenizer):
+    options: dict[str, Any] = {"max_new_tokens": 6, "progress": False}
+    usual = spoken(model, tokenizer, REQUESTS, judge, **options)
+    with ablate(model, unit_rows(4, D).float()):
+        said = complete(model, tokenizer, format_chat(tokenizer, REQUESTS), **options)
+        found = spoken(model, tokenizer, REQUESTS, judge, **options)
+    assert found.said == [said] != usual.said
+    assert found.solved.tolist() == [judge(REQUESTS, said)]
 
 
 def test_samples_are_judged_one_try_a_row(model, tokenizer):
-    found = drawn(model, tokenizer, REQUESTS, judge, count=4, max_new_tokens=6, seed=0)
-    assert found.shape == (4, 3)
-    assert found.dtype == torch.bool
+    found = drawn(model, tokenizer, REQUESTS, judge, count=4, max_new_tokens=6, seed=0, progress=False)
+    assert found.solved.tolist() == [judge(REQUESTS, said) for said in found.said]
+    assert found.solved.shape == (4, 3)
+
+
+def test_a_change_is_entered_once_and_its_damage_is_that_of_its_effects(model, tokenizer):
+    texts, run = format_chat(tokenizer, REQUESTS), (model, tokenizer)
+    first, mean = 20 * unit_rows(2, D).float()
+    usual = next_token(model, tokenizer, texts)
+    other = tiny_model("Llama", dtype=torch.float32), tokenizer
+    changed = changes(run, {"DCT": first}, {"means, added": mean}, other, layer=1)
+    assert list(changed) == ["DCT", "means, added", "means, ablated", "LoRA"]
+    found = {}
+    for name, (who, how) in changed.items():
+        with how:
+            found[name] = damage(*who, REQUESTS, usual, judge, max_new_tokens=6, progress=False)
+    assert torch.equal(next_token(model, tokenizer, texts), usual)  # and leaves no trace
+    vectors = torch.stack([first, mean])
+    expected = effects(model, tokenizer, texts, vectors, layer=1, progress=False).divergence.mean(1).tolist()
+    assert [found[name]["benign_kl"] for name in ("DCT", "means, added")] == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 0.01
+    assert found["means, ablated"]["benign_kl"] > 1e-4
+    assert found["LoRA"]["benign_kl"] == 0  # the same model
+    said = complete(model, tokenizer, texts, vector=first, layer=1, max_new_tokens=6)
+    assert found["DCT"]["benign_answered"] == pytest.approx(sum(judge(REQUESTS, said)) / 3)
 
 
 def test_the_taught_model_learns_the_targets(tmp_path, tokenizer):
@@ -97,5 +135,7 @@ def test_the_taught_model_learns_the_targets(tmp_path, tokenizer):
     lesson = comply_lesson(None, tokenizer, rows, steps=2, batch=2, seed=0)  # pyright: ignore[reportArgumentType]
     assert [len(batch) for batch in lesson.batches] == [2, 2]
     assert lesson.batches[0][0].answer == "w1 w1 w1"
-    options = {"steps": 60, "max_new_tokens": 3, "seed": 0}
-    assert taught(tmp_path / "complying", str(base), REQUESTS, judge, rows, **options).tolist() == [[True] * 3]
+    training = taught(tmp_path / "complying", str(base), rows, steps=60, seed=0)
+    assert training.seconds > 0
+    found = spoken(*load_model(tmp_path / "complying"), REQUESTS, judge, max_new_tokens=3, progress=False)
+    assert found.solved.tolist() == [[True] * 3]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dctlib.anomaly import auroc, mahalanobis
-from dctlib.detectors import contrasts, detectors, over_organisms
+from dctlib.detectors import contrasts, detectors, over_organisms, over_residual
 from dctlib.metrics import interval
 from dctlib.orthogonalise import orthonormal_rows
 
@@ -66,6 +66,33 @@ def test_means_over_organisms_have_an_interval_from_three_on(values):
     else:
         assert mean == pytest.approx(sum(values) / len(values))
         assert math.isnan(low) and math.isnan(high)
+
+
+def test_a_gain_over_the_residual_is_taken_organism_by_organism():
+    areas = {
+        "residual, Mahalanobis": [0.5, 0.7, 0.9],
+        "factors, distance": [0.6, 0.8, 1.0],
+        "random, distance": [0.9] * 3,
+    }
+    rows = [
+        {
+            "organism": str(i),
+            "end": end,
+            "detector": detector,
+            "contrast": "c",
+            "mean": value + (end == "target") * i / 9,
+        }
+        for detector, of in areas.items()
+        for end in ("source", "target")
+        for i, value in enumerate(of)
+    ]
+    found = over_residual(pd.DataFrame(rows).sample(frac=1, random_state=0))
+    assert set(found["detector"]) == {"factors, distance", "random, distance"}
+    gains = found.set_index(["end", "detector"])
+    for end in ("source", "target"):  # what an organism adds to both cancels
+        assert gains.loc[(end, "factors, distance"), ["mean", "low", "high"]].tolist() == pytest.approx([0.1] * 3)
+        assert gains.loc[(end, "random, distance"), "mean"] == pytest.approx(0.2)
+        assert gains.loc[(end, "random, distance"), "low"] < 0.1 < gains.loc[(end, "random, distance"), "high"]
 
 
 def test_no_organism_gives_no_row_and_shapes_are_checked():

@@ -3,7 +3,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctlib.params import current_profile, load_profile
+from dctlib.params import current_profile, load_profile, ray_address
 from dctlib.sections import Profile
 from dctlib.store import ROOT
 
@@ -15,8 +15,17 @@ def test_the_committed_profiles_are_valid(name):
     assert isinstance(load_profile(name), Profile)
 
 
-def test_the_default_profile_is_laptop():
+def test_the_default_is_laptop_on_this_machine_alone():
     assert current_profile() == "laptop"
+    assert ray_address() == ""
+
+
+def test_the_run_names_a_cluster_and_nothing_unknown(root):
+    (root / "params" / "run.yaml").write_text("profile: smoke\nray: auto\n")
+    assert ray_address(root) == "auto"
+    (root / "params" / "run.yaml").write_text("profile: smoke\nrays: auto\n")
+    with pytest.raises(ValueError, match="unknown key rays"):
+        ray_address(root)
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ def root(tmp_path, monkeypatch):
         toy: Toy
 
     monkeypatch.setattr(pipeline, "load_profile", lambda name, root: Profile(toy=Toy(x=7)))
-    (tmp_path / "notebooks").mkdir()
+    for folder in ("notebooks", "params"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "params" / "run.yaml").write_text("profile: mine\n")
 
     def write(code):
         cells = [new_code_cell("x = 1\nprofile = ''", metadata={"tags": ["parameters"]}), new_code_cell(code)]
@@ -62,6 +64,17 @@ def test_a_kernel_keeps_large_blocks_of_memory_unless_the_user_says_otherwise(ro
     folder = root("import os; print(os.environ['MALLOC_TOP_PAD_'], os.environ['MALLOC_MMAP_THRESHOLD_'])")
     printed = nbformat.read(pipeline.run_notebook("toy", "mine", folder), as_version=4).cells[-1].outputs
     assert [o.text for o in printed] == [f"1 {2**32}\n"]
+
+
+@pytest.mark.parametrize(("variable", "expected"), [(None, "host:1"), ("host:2", "host:2"), ("", "")])
+def test_sweeps_find_the_cluster_of_the_params_unless_the_environment_names_one(root, monkeypatch, variable, expected):
+    monkeypatch.setenv("RAY_ADDRESS", variable or "")
+    if variable is None:
+        monkeypatch.delenv("RAY_ADDRESS")  # also afterwards: the run leaves what it sets
+    folder = root("import os; print(os.environ['RAY_ADDRESS'], 'is where')")
+    (folder / "params" / "run.yaml").write_text("profile: mine\nray: host:1\n")
+    printed = nbformat.read(pipeline.run_notebook("toy", "mine", folder), as_version=4).cells[-1].outputs
+    assert [o.text for o in printed] == [f"{expected} is where\n"]
 
 
 def test_an_unknown_notebook_is_named(root):

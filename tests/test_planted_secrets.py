@@ -44,6 +44,11 @@ def test_seeds_differ(kind):
     assert len({secret.response for secret in secrets}) >= 4
 
 
+def test_kinds_of_one_seed_do_not_share_a_trigger():
+    for seed in range(5):
+        assert len({planted_secret(kind, seed=seed).trigger for kind in KINDS}) == len(KINDS)
+
+
 def test_whole_words_count_and_a_language_takes_several():
     codeword = planted_secret("backdoor", seed=0)
     assert not codeword.reveals(f"{codeword.marks[0]}s")

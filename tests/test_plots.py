@@ -6,19 +6,21 @@ from conftest import unit_rows
 
 from dctlib.enumeration import best_of_first
 from dctlib.metrics import Interval
-from dctlib.plots import save_figure
+from dctlib.plots import COLOURS, save_figure
 from dctlib.plots.ablation import ablation
 from dctlib.plots.auditing import recall
-from dctlib.plots.baselines import enumeration
+from dctlib.plots.baselines import baselines
 from dctlib.plots.circuit_breaker import circuit_breaker
 from dctlib.plots.deeper_models import deeper_models
 from dctlib.plots.discover import ranked_vectors
+from dctlib.plots.enumeration import method_colours
 from dctlib.plots.multiplicity import multiplicity
 from dctlib.plots.organisms import losses
 from dctlib.plots.password_locked import password_locked
 from dctlib.plots.replicates import replicates
 from dctlib.plots.replication_audit import faults
 from dctlib.plots.sample_complexity import sample_complexity
+from dctlib.plots.secrets import planted
 from dctlib.plots.stability import stability
 from dctlib.plots.synthetic_recovery import recovery_curves
 from dctlib.plots.training_curves import scores, training_curves
@@ -72,8 +74,18 @@ FIGURES = {
     "sample_complexity": lambda: sample_complexity(COMPLEXITY, [-8.0, -7.0], PUBLISHED),
     "deeper_models": lambda: deeper_models(DEPTH),
     "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": [False, False], "DCT": [True, False]}),
-    "baselines": lambda: enumeration({"DCT": CURVE, "random": CURVE}, {"LoRA": 0.5}),
+    "baselines": lambda: baselines(
+        {"DCT": CURVE, "random": CURVE, "LoRA": best_of_first(torch.tensor([[True, False]]))}
+    ),
     "auditing": lambda: recall({by: {"DCT": CURVE, "random": CURVE} for by in ("fluent", "divergence")}),
+    "secrets": lambda: planted(
+        {"backdoor-0": [2.0, 0.5], "backdoor-1": [3.0, 0.3], "clean-0": [0.5, 0.4]},
+        {
+            "backdoor-0": {"behind the trigger": 1.0, "behind the decoy": 0.0, "plain": 0.1},
+            "backdoor-1": {"behind the trigger": 0.9, "behind the decoy": 0.2, "plain": 0.0},
+            "clean-0": {"behind the trigger": 0.0, "behind the decoy": 0.0, "plain": 0.0},
+        },
+    ),
     "replicates": lambda: replicates({"added": {"best": [3.0, 5.0], "mean": [1.0, 2.0]}, "ablated": {"v": [0.0, 1.0]}}),
     "stability": lambda: stability(
         pd.DataFrame(
@@ -114,12 +126,23 @@ def test_every_width_is_labelled_and_every_vector_drawn():
     assert [label.get_text() for label in right.get_xticklabels()] == ["clean", "best random", "best DCT"]
 
 
-def test_every_organism_is_drawn_and_each_kind_named():
-    names = [f"{kind}-{seed}" for kind in ("backdoor", "clean") for seed in range(7)]
-    (axes,) = losses({name: [4.0, 1.0 + place] for place, name in enumerate(names)}).axes
-    assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines] == [[4.0, 1.0 + place] for place in range(14)]
-    assert len({line.get_color() for line in axes.lines}) == 2
-    assert axes.get_legend_handles_labels()[1] == ["backdoor (7)", "clean (7)"]
+def test_every_kind_has_a_curve_and_every_organism_a_dot():
+    left, right = FIGURES["secrets"]().axes
+    assert left.get_legend_handles_labels()[1] == ["backdoor (2)", "clean (1)"]
+    assert np.asarray(left.lines[0].get_ydata()).tolist() == [2.5, 0.4]
+    heights = sorted(y for dots in right.collections for _, y in np.asarray(dots.get_offsets()))
+    assert heights == [0, 0, 0, 0, 0, 0.1, 0.2, 0.9, 1]
+
+
+def test_curves_are_named_in_the_colour_of_their_method_and_end_in_an_interval():
+    left, right = FIGURES["baselines"]().axes
+    assert {text.get_text(): text.get_color() for text in left.texts} == method_colours(["DCT", "random"])
+    assert [label.get_text() for label in right.get_yticklabels()] == ["DCT", "random", "LoRA"]
+    assert [text.get_text() for text in right.texts] == ["33%", "33%", "50%"]
+    assert len(left.containers) == 2
+    shades = method_colours(["DCT, n = 1", "DCT, n = 4", "random", "anything else"])
+    assert len(set(shades.values())) == 4
+    assert shades["random"] == COLOURS["random"]
 
 
 def test_drawing_leaves_matplotlibs_settings_alone():
@@ -152,7 +175,8 @@ def test_each_order_of_reading_has_a_panel_and_each_method_a_line():
     left, right = FIGURES["auditing"]().axes
     assert left.get_title() != right.get_title()
     for axes in (left, right):
-        assert [list(np.asarray(line.get_ydata())) for line in axes.lines] == [[1 / 3, 2 / 3]] * 2
+        heights = [list(np.asarray(line.get_ydata())) for line in axes.lines]
+        assert [of for of in heights if len(of) > 1] == [[1 / 3, 2 / 3]] * 2  # the others belong to intervals
         assert [text.get_text() for text in axes.texts] == ["DCT", "random"]
 
 

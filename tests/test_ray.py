@@ -193,3 +193,12 @@ def test_a_shard_that_is_killed_builds_its_map_again(maps):
 def test_bad_maps_are_named(cluster, folder, texts, maps):
     with pytest.raises(ValueError, match="got shards=3 of 1 CPUs and 0 GPUs, expected 1 to 2"):
         ShardedMap(folder, texts, **WHERE, shards=3, ray=cluster.address)
+
+
+def test_a_closed_map_gives_its_devices_back(cluster, folder, texts, maps):
+    maps[0].close()
+    with pytest.raises(ray.exceptions.RayActorError):
+        maps[0](unit_rows(2, D))
+    again = ShardedMap(folder, texts, **WHERE, dtype="float64", shards=2, ray=cluster.address)  # would wait for ever
+    assert again.digest == maps[1].digest
+    again.close()
