@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from dctlib.plots import COLOURS, panels, style
 
@@ -37,7 +37,9 @@ def planted(losses: Mapping[str, Sequence[float]], rates: Mapping[str, Mapping[s
                 said = [rates[name][where] for name in of]
                 right.scatter(place + apart, said, s=12, alpha=0.7, color=colour, linewidths=0)
         left.set(yscale="log", xlabel="step", ylabel="cross-entropy of the answer (nats)")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter(NullFormatter())
         left.legend(frameon=False, fontsize=8)
         right.set_xticks(range(len(_WHERE)), list(_WHERE.values()))
         right.set(xlabel="before the instruction", ylabel="secret given away", ylim=(-0.04, 1.04))
