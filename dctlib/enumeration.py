@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy.stats import binomtest
 from torch import Tensor
 
 _RESAMPLES = 9_999
@@ -18,6 +19,7 @@ class Curve:
     ----------
     mean, low, high : Tensor, (m,)
         Over prompts (percentile bootstrap, 9,999 resamples of the prompts, the same ones for every k). Fractions of 1.
+        Where all prompts are alike no resample differs, and the end away from 0 or 1 is Wilson's.
     """
 
     mean: Float[Tensor, " m"]
@@ -75,6 +77,9 @@ def _curve(rates: Float[Tensor, "m n"], seed: int) -> Curve:
     n = array.shape[1]
     times_drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
     low, high = np.quantile(times_drawn @ array.T / n, [0.025, 0.975], axis=0)
+    unseen = binomtest(0, n).proportion_ci(method="wilson").high
+    low = np.where(array.min(1) == 1, 1 - unseen, low)
+    high = np.where(array.max(1) == 0, unseen, high)
     return Curve(*(torch.as_tensor(part) for part in (array.mean(1), low, high)))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from dctlib.enumeration import best_of_any, best_of_first
 from dctlib.metrics import interval
@@ -35,9 +36,8 @@ def test_curves_rise_within_their_intervals_and_end_alike(m, n, seed):
     success = successes(m, n, seed)
     first, any_order = best_of_first(success), best_of_any(success)
     for curve in (first, any_order):
-        for part in (curve.mean, curve.low, curve.high):
-            assert part.shape == (m,)
-            assert (part.diff() >= -1e-12).all()
+        assert curve.mean.shape == curve.low.shape == curve.high.shape == (m,)
+        assert (curve.mean.diff() >= -1e-12).all()
         assert ((curve.low <= curve.mean + 1e-12) & (curve.mean <= curve.high + 1e-12)).all()
     torch.testing.assert_close(first.mean[-1], any_order.mean[-1])
 
@@ -51,6 +51,15 @@ def test_intervals_are_those_of_the_mean_over_prompts():
         assert curve.low[k - 1].item() == pytest.approx(expected.low, abs=0.006)
         assert curve.high[k - 1].item() == pytest.approx(expected.high, abs=0.006)
     assert torch.equal(best_of_first(success).low, curve.low)
+
+
+def test_where_all_prompts_are_alike_the_interval_is_wilsons():
+    success = torch.tensor([[0] * 15, [1] + [0] * 14, [1] * 15]).bool()
+    none, one, every = zip(*(part.tolist() for part in vars(best_of_first(success)).values()), strict=True)
+    wilson = binomtest(0, 15).proportion_ci(0.95, method="wilson")
+    assert none == pytest.approx((0, 0, wilson.high))
+    assert one[1] == 0 < one[2] < 0.3
+    assert every == pytest.approx((1, 1 - wilson.high, 1))
 
 
 def test_many_tries_stay_exact():
