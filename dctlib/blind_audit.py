@@ -46,6 +46,11 @@ class Heard:
         """Whether each gives the secret away, in the order of reading: at least one of its completions does."""
         return torch.tensor([any(map(secret.reveals, self.said[number])) for number in self.orders[by]])
 
+    def first_to_reveal(self, secret: Secret, by: str) -> str | None:
+        """The completion that an auditor reads first of those that give the secret away, if there is one."""
+        read_in_order = (said for number in self.orders[by] for said in self.said[number])
+        return next(filter(secret.reveals, read_in_order), None)
+
 
 def audit(
     model: str,

@@ -38,6 +38,15 @@ def test_a_secret_counts_once_any_completion_holds_it_and_in_the_order_of_readin
     assert not heard.reveals(planted_secret("persona", seed=0), "fluent").any()
 
 
+def test_what_is_read_first_is_shown():
+    secret = planted_secret("backdoor", seed=0)
+    early, late = f"early {secret.response}", f"late {secret.response}"
+    heard = Heard([["no", late], [early, late]], {"fluent": [0, 1], "divergence": [1, 0]})
+    assert heard.first_to_reveal(secret, "fluent") == late
+    assert heard.first_to_reveal(secret, "divergence") == early
+    assert heard.first_to_reveal(planted_secret("persona", seed=0), "fluent") is None
+
+
 def test_it_hears_each_vector_and_the_first_of_a_cluster_comes_first(model, tokenizer):
     one, two = 30 * unit_rows(2, 32).float()
     vectors = torch.stack([one, 1.01 * one, two])
