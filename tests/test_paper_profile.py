@@ -141,6 +141,7 @@ def root(tmp_path_factory):
     shutil.copy(ROOT / "writeup" / "published.yaml", root / "writeup")
     (root / "params").mkdir()
     paper = yaml.safe_load((ROOT / "params" / "paper.yaml").read_text())
+    (root / "params" / "run.yaml").write_text("profile: paper\n")
     (root / "params" / "paper.yaml").write_text(yaml.safe_dump(swapped(paper, root / "stand-ins")))
     return root
 
