@@ -104,6 +104,7 @@ def test_samples_are_judged_one_try_a_row(model, tokenizer):
     found = drawn(model, tokenizer, REQUESTS, judge, count=4, max_new_tokens=6, seed=0, progress=False)
     assert found.solved.tolist() == [judge(REQUESTS, said) for said in found.said]
     assert found.solved.shape == (4, 3)
+    assert found.solved.dtype == torch.bool
 
 
 def test_a_change_is_entered_once_and_its_damage_is_that_of_its_effects(model, tokenizer):

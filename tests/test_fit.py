@@ -82,6 +82,14 @@ def test_exponential_reconstructs_the_planted_map():
     assert (dct(theta) - cmap(theta)).norm() < 0.1 * cmap(theta).norm()
 
 
+def test_exponential_matches_the_map_at_its_scale_along_its_factors():
+    _, V, cmap = planted(4)
+    dct = fit_exponential(cmap, num_factors=4, input_scale=2.0, iterations=60, projections=4)
+    theta, truth = torch.cat([V, 0.5 * V, -V, unit_rows(8, D, seed=5)]), cmap(2.0 * V)
+    assert (dct(V) - truth).norm() < 0.3 * truth.norm()  # σ has R = 1 inside: only the scale R·v is matched
+    assert (dct(theta) - cmap(2.0 * theta)).norm() < 0.8 * cmap(2.0 * theta).norm()
+
+
 def test_factors_are_unit_and_the_record_is_complete():
     _, _, cmap = planted(6)
     dct = fit_exponential(cmap, num_factors=12, input_scale=2.0, iterations=7)

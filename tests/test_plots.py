@@ -126,6 +126,14 @@ def test_every_width_is_labelled_and_every_vector_drawn():
     assert [label.get_text() for label in right.get_xticklabels()] == ["clean", "best random", "best DCT"]
 
 
+def test_every_organism_is_drawn_and_each_kind_named():
+    names = [f"{kind}-{seed}" for kind in ("backdoor", "clean") for seed in range(7)]
+    (axes,) = losses({name: [4.0, 1.0 + place] for place, name in enumerate(names)}).axes
+    assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines] == [[4.0, 1.0 + place] for place in range(14)]
+    assert len({line.get_color() for line in axes.lines}) == 2
+    assert axes.get_legend_handles_labels()[1] == ["backdoor (7)", "clean (7)"]
+
+
 def test_every_kind_has_a_curve_and_every_organism_a_dot():
     left, right = FIGURES["secrets"]().axes
     assert left.get_legend_handles_labels()[1] == ["backdoor (2)", "clean (1)"]

@@ -19,6 +19,7 @@ def test_weights_are_optimal_also_for_coinciding_factors(m, copies, seed):
     gradient = vectors @ (values.clamp(min=least) * (vectors.T @ alpha)) - b
     near = 1e-6 * (1 + alpha.max() + b.abs().max())
     assert (alpha >= 0).all()
+    assert torch.isfinite(alpha).all()
     assert (gradient > -near).all()  # no weight is worth raising,
     assert (gradient[alpha > 0].abs() < near).all()  # nor, of those above 0, lowering
     torch.testing.assert_close(
