@@ -28,7 +28,7 @@ lint: $(READY)
 
 # By file, as a file's tests may share what is costly; a thread each, as tiny models gain nothing from a second.
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first), and inputs of properties
 # that are new every time, 10,000 a loader.
@@ -44,9 +44,11 @@ smoke: $(READY)
 	git -C $(SMOKE) init --quiet
 	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && dvc repro && dvc repro | grep -q "up to date"
 
-# The secrets first, which two others open: pytest sorts what it is given together.
+# The secrets first, which two others open. Then two notebooks at a time, a thread each: at this size, starting kernels
+# and drawing figures is most of it.
 nbval: smoke
-	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && $(NBVAL) notebooks/secrets.ipynb && $(NBVAL) notebooks --ignore=notebooks/secrets.ipynb
+	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && $(NBVAL) notebooks/secrets.ipynb \
+		&& OMP_NUM_THREADS=1 $(NBVAL) --numprocesses 2 --dist loadfile notebooks --ignore=notebooks/secrets.ipynb
 	cd $(SMOKE) && PYTHONPATH="$$PWD" $(BIN)/python -m dctlib writeup --document beyond
 
 bench: $(READY)

@@ -14,6 +14,12 @@ from transformers import PreTrainedTokenizerFast
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, lest one process be left with them when the other is done."""
+    items.sort(key=lambda item: not item.path.stem.startswith("test_paper_profile"))
+
+
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "Sure", "Sorry", *(f"w{i}" for i in range(58))]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
