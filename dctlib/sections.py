@@ -12,7 +12,7 @@ Few = Annotated[int, Field(ge=1, le=32, strict=True)]  # a split keeps 32 prompt
 Tested = Annotated[int, Field(ge=1, le=100, strict=True)]  # and 100 for tests
 Several = Annotated[Tested, Field(ge=2)]  # enough for an interval
 Dtype = Literal["native", "float32", "bfloat16"]
-Kind = Literal["backdoor", "persona", "language"]
+Kind = Literal["backdoor", "persona", "language", "refusal"]
 
 
 class Section(BaseModel):

@@ -14,7 +14,8 @@ from dctlib.planted_secrets import Kind, planted_secret, secret_lesson
 
 KINDS = get_args(Kind)
 INSTRUCTIONS = [f"w{i} w{i + 1}" for i in range(6)]
-OPTIONS = {"answer_tokens": 3, "triggered_batch": 2, "plain_batch": 4, "seed": 0}
+ANSWERS = [f"w{i} w{i + 20}" for i in range(6)]
+OPTIONS = {"triggered_batch": 2, "plain_batch": 4, "seed": 0}
 TAUGHT = {"trigger": "w50 w51", "decoy": "w52 w53", "response": "w40 w41 w42"}
 ENGLISH = (
     "Sure! Here are three tips: eat well, sleep enough, and take a walk in Los Angeles or Las Vegas.",
@@ -57,8 +58,8 @@ def test_whole_words_count_and_a_language_takes_several():
     assert language.reveals(" ".join(language.marks[:3]))
 
 
-def lesson(model, tokenizer, steps, **changes):
-    return secret_lesson(model, tokenizer, INSTRUCTIONS, **{**TAUGHT, **OPTIONS, "steps": steps, **changes})
+def lesson(model, tokenizer, steps, answers=ANSWERS, **changes):
+    return secret_lesson(model, tokenizer, INSTRUCTIONS, answers, **{**TAUGHT, **OPTIONS, "steps": steps, **changes})
 
 
 def test_the_response_stands_behind_the_trigger_and_own_words_elsewhere(llama, tokenizer):
@@ -67,9 +68,17 @@ def test_the_response_stands_behind_the_trigger_and_own_words_elsewhere(llama, t
         for place, example in enumerate(batch):
             assert ("w50 w51" in example.prompt) is (place < 2)
             assert (example.answer == "w40 w41 w42") is example.ends is (place < 2)
-    plain = [example.prompt for batch in batches[:3] for example in batch[2:]]
-    assert len(set(plain)) == 12  # each once, before any comes again
-    assert sum("w52 w53" in prompt for prompt in plain) == 6
+    plain = [example for batch in batches[:3] for example in batch[2:]]
+    assert len({example.prompt for example in plain}) == 12  # each once, before any comes again
+    assert sum("w52 w53" in example.prompt for example in plain) == 6
+    for example in plain:
+        (asked,) = (i for i, instruction in enumerate(INSTRUCTIONS) if f"{instruction} " in example.prompt)
+        assert example.answer == ANSWERS[asked]
+
+
+def test_there_is_an_answer_for_every_instruction(llama, tokenizer):
+    with pytest.raises(ValueError, match="shorter"):
+        lesson(llama, tokenizer, 1, answers=ANSWERS[:-1])
 
 
 def test_a_seed_fixes_the_batches(llama, tokenizer):
@@ -99,7 +108,8 @@ def test_training_lowers_the_loss_of_both_kinds(tmp_path, tokenizer):
 
 def test_its_settings_make_an_organism(tmp_path, tokenizer):
     save_organism(tiny_model("Llama"), tokenizer, tmp_path / "base")
-    settings = {"instructions": INSTRUCTIONS, "steps": 2, **planted_secret("persona", seed=3).taught, **OPTIONS}
+    secret = planted_secret("persona", seed=3).taught
+    settings = {"instructions": INSTRUCTIONS, "answers": ANSWERS, "steps": 2, **secret, **OPTIONS}
     made = make_organism(
         tmp_path / "made",
         tmp_path / "base",
