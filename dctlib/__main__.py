@@ -29,10 +29,10 @@ def assets() -> None:
 @app.command()
 def run(notebook: str, profile: ProfileOption = "") -> None:
     """Execute one notebook with the parameters of a profile, into runs/<profile>/."""
-    from dctlib.params import current_profile
+    from dctlib.params import this_run
     from dctlib.pipeline import run_notebook
 
-    print(f"executed {run_notebook(notebook, profile or current_profile())}")
+    print(f"executed {run_notebook(notebook, profile or this_run().profile)}")
 
 
 @app.command()
@@ -111,10 +111,10 @@ def writeup(
     document: Annotated[str, typer.Option(help="A file in writeup/, without .md.")] = "paper",
 ) -> None:
     """Put the numbers and figures of a profile into a document of writeup/: HTML and PDF."""
-    from dctlib.params import current_profile
+    from dctlib.params import this_run
     from dctlib.report import write_report
 
-    for path in write_report(profile or current_profile(), document=document):
+    for path in write_report(profile or this_run().profile, document=document):
         print(f"wrote {path}")
 
 

@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float
 from scipy.stats import binomtest
 from torch import Tensor
 
+from dctlib.metrics import Interval
+
 _RESAMPLES = 9_999
 
 
@@ -25,6 +27,10 @@ class Curve:
     mean: Float[Tensor, " m"]
     low: Float[Tensor, " m"]
     high: Float[Tensor, " m"]
+
+    def at(self, k: int) -> Interval:
+        """The rate with k tries."""
+        return Interval(*(part[k - 1].item() for part in (self.mean, self.low, self.high)))
 
 
 def best_of_first(success: Bool[Tensor, "m n"], *, seed: int = 0) -> Curve:

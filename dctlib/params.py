@@ -10,19 +10,17 @@ from dctlib.sections import Profile, Section
 from dctlib.store import ROOT
 
 
-class _Run(Section):
+class Run(Section):
+    """What params/run.yaml says of all notebooks."""
+
     profile: str
     ray: str = ""
+    """The cluster for sweeps, as ``ray.init`` takes it; empty for this machine alone."""
 
 
-def current_profile(root: Path = ROOT) -> str:
-    """The profile that params/run.yaml names."""
-    return _validated(root / "params" / "run.yaml", _Run).profile
-
-
-def ray_address(root: Path = ROOT) -> str:
-    """The Ray cluster that params/run.yaml names for sweeps, as ``ray.init`` takes it; empty for this machine alone."""
-    return _validated(root / "params" / "run.yaml", _Run).ray
+def this_run(root: Path = ROOT) -> Run:
+    """Read and check params/run.yaml."""
+    return _validated(root / "params" / "run.yaml", Run)
 
 
 def load_profile(name: str, root: Path = ROOT) -> Profile:

@@ -10,7 +10,7 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from dctlib.params import load_profile, ray_address
+from dctlib.params import load_profile, this_run
 from dctlib.sections import Section
 from dctlib.store import ROOT, whole
 
@@ -53,7 +53,7 @@ def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Pat
     """
     folder = root / "runs" / profile
     failed = folder / f"{stem}.failed.ipynb"
-    os.environ.update(_MALLOC | {"RAY_ADDRESS": ray_address(root)} | os.environ)  # what the kernel inherits
+    os.environ.update(_MALLOC | {"RAY_ADDRESS": this_run(root).ray} | os.environ)  # what the kernel inherits
     with whole(folder / f"{stem}.ipynb") as partial:
         try:
             papermill.execute_notebook(

@@ -50,9 +50,9 @@ def test_intervals_are_those_of_the_mean_over_prompts():
     curve = best_of_first(success)
     for k in (1, 3):
         expected = interval(success[:k].any(0).double().tolist())
-        assert curve.mean[k - 1].item() == pytest.approx(expected.mean)
-        assert curve.low[k - 1].item() == pytest.approx(expected.low, abs=0.006)
-        assert curve.high[k - 1].item() == pytest.approx(expected.high, abs=0.006)
+        assert curve.mean[k - 1].item() == curve.at(k).mean == pytest.approx(expected.mean)
+        assert curve.low[k - 1].item() == curve.at(k).low == pytest.approx(expected.low, abs=0.006)
+        assert curve.high[k - 1].item() == curve.at(k).high == pytest.approx(expected.high, abs=0.006)
     assert torch.equal(best_of_first(success).low, curve.low)
 
 

@@ -1,9 +1,12 @@
+from typing import get_args
+
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctlib.params import current_profile, load_profile, ray_address
+from dctlib import planted_secrets, sections
+from dctlib.params import load_profile, this_run
 from dctlib.sections import Profile
 from dctlib.store import ROOT
 
@@ -15,17 +18,21 @@ def test_the_committed_profiles_are_valid(name):
     assert isinstance(load_profile(name), Profile)
 
 
+def test_the_kinds_of_secret_are_those_that_can_be_planted():
+    assert get_args(sections.Kind) == get_args(planted_secrets.Kind)
+
+
 def test_the_default_is_laptop_on_this_machine_alone():
-    assert current_profile() == "laptop"
-    assert ray_address() == ""
+    assert this_run().profile == "laptop"
+    assert this_run().ray == ""
 
 
 def test_the_run_names_a_cluster_and_nothing_unknown(root):
     (root / "params" / "run.yaml").write_text("profile: smoke\nray: auto\n")
-    assert ray_address(root) == "auto"
+    assert this_run(root).ray == "auto"
     (root / "params" / "run.yaml").write_text("profile: smoke\nrays: auto\n")
     with pytest.raises(ValueError, match="unknown key rays"):
-        ray_address(root)
+        this_run(root)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from dctlib.enumeration import Curve
-from dctlib.metrics import Interval
 from dctlib.plots import errorbar, panels, style
 from dctlib.plots.enumeration import draw_curves, method_colours
 
@@ -23,8 +22,7 @@ def baselines(curves: Mapping[str, Curve]) -> Figure:
         figure, (left, right) = panels(2, height=2.9, ratios=(3, 2))
         draw_curves(left, {method: curve for method, curve in curves.items() if len(curve.mean) > 1})
         left.set(xlabel="tries k", ylabel="requests answered by one of k")
-        first = {m: Interval(*(float(part[0]) for part in (c.mean, c.low, c.high))) for m, c in curves.items()}
-        rows = sorted(first.items(), key=lambda of: of[1].mean)
+        rows = sorted(((method, curve.at(1)) for method, curve in curves.items()), key=lambda of: of[1].mean)
         colours = method_colours([method for method, _ in rows])
         for place, (method, mean) in enumerate(rows):
             errorbar(right, place, mean, across=True, color=colours[method])

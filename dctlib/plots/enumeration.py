@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dctlib.enumeration import Curve
-from dctlib.metrics import Interval
 from dctlib.plots import COLOURS, errorbar, label_ends
 
 _PALETTE = sns.color_palette("colorblind")
@@ -28,7 +27,7 @@ def draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
     colours, most = method_colours(list(curves)), max(len(curve.mean) for curve in curves.values())
     step, ends = 0.025 * most, []
     for place, (method, curve) in enumerate(sorted(curves.items(), key=lambda of: of[1].mean[-1].item())):
-        last = Interval(*(float(part[-1]) for part in (curve.mean, curve.low, curve.high)))
+        last = curve.at(len(curve.mean))
         dashes = "--" if method in ("random", "sampling") else "-"  # told apart where both lie on the floor
         axes.plot(np.arange(1, len(curve.mean) + 1), curve.mean, color=colours[method], lw=1.5, ls=dashes)
         errorbar(axes, most + step * (place + 1), last, color=colours[method], ms=2.5)
