@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import unit_rows
+from matplotlib.text import Annotation
 
 from dctlib.enumeration import best_of_first
 from dctlib.metrics import Interval
@@ -46,9 +47,11 @@ DEPTH = pd.DataFrame(
     for h in (5, 10)
 )
 SCAN = pd.DataFrame(
-    {"method": "DCT", "source": s, "multiplier": k, "success": 0.5, "score": s - 7.0}
+    {"method": method, "source": s, "multiplier": k, "success": success, "score": s - 7.0}
+    for method, successes in {"DCT": (0.5, 0.25), "random": (0.0,), "difference of means": (1.0,)}.items()
     for s in (5, 10)
     for k in (1.0, 2.0)
+    for success in successes
 )
 CURVE = best_of_first(torch.tensor([[True, False, False], [False, True, False]]))
 RANKED = pd.DataFrame(
@@ -69,11 +72,11 @@ FIGURES = {
         unit_rows(6, 9), [1.0, 2.0, 3.0, 4.0, 5.0, 9.0], {"v_avg": 6.0, "v_svd": -1.0}
     ),
     "ablation": lambda: ablation({"clean": -9.0, "source": ABLATED, "target": ABLATED}),
-    "losses": lambda: losses({"refusal": [4.0, 1.0, 0.2]}),
-    "nothing_trained": lambda: losses({}),
+    "losses": lambda: losses([4.0, 1.0, 0.2]),
+    "nothing_trained": lambda: losses([]),
     "sample_complexity": lambda: sample_complexity(COMPLEXITY, [-8.0, -7.0], PUBLISHED),
     "deeper_models": lambda: deeper_models(DEPTH),
-    "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": [False, False], "DCT": [True, False]}),
+    "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": Interval(0.0, 0.0, 0.0), "DCT": Interval(0.5, 0.0, 1.0)}),
     "baselines": lambda: baselines(
         {"DCT": CURVE, "random": CURVE, "LoRA": best_of_first(torch.tensor([[True, False]]))}
     ),
@@ -126,12 +129,37 @@ def test_every_width_is_labelled_and_every_vector_drawn():
     assert [label.get_text() for label in right.get_xticklabels()] == ["clean", "best random", "best DCT"]
 
 
-def test_every_organism_is_drawn_and_each_kind_named():
-    names = [f"{kind}-{seed}" for kind in ("backdoor", "clean") for seed in range(7)]
-    (axes,) = losses({name: [4.0, 1.0 + place] for place, name in enumerate(names)}).axes
-    assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines] == [[4.0, 1.0 + place] for place in range(14)]
-    assert len({line.get_color() for line in axes.lines}) == 2
-    assert axes.get_legend_handles_labels()[1] == ["backdoor (7)", "clean (7)"]
+def test_losses_are_drawn_by_step_with_plain_numbers_beside_them():
+    figure = FIGURES["losses"]()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert np.asarray(axes.lines[0].get_xydata()).tolist() == [[1, 4.0], [2, 1.0], [3, 0.2]]
+    assert {"0.5", "1", "2"} <= {label.get_text() for label in axes.get_yticklabels()}
+
+
+def test_what_was_ablated_has_a_line_and_a_name_with_its_score():
+    for axes, letter in zip(FIGURES["ablation"]().axes, "vu", strict=True):
+        named = {text.get_text().strip(): text.xy for text in axes.texts if isinstance(text, Annotation)}
+        avg, svd = (f"${letter}_\\mathrm{{{kind}}}$" for kind in ("avg", "svd"))
+        assert {name: x for name, (x, _) in named.items()} == {
+            "clean −9.0": -9.0,
+            "average −4.7": -4.7,
+            f"{avg} +2.0": 2.0,
+            f"{svd} +3.0": 3.0,
+        }
+        heights = [named[name][1] for name in sorted(named, key=lambda name: named[name][0])]
+        assert heights == sorted(heights, reverse=True)  # or a name would be crossed by a line
+        assert sorted(np.asarray(line.get_xdata())[0] for line in axes.lines) == [-9.0, -4.7, 2.0, 3.0]
+
+
+def test_cells_hold_the_best_of_each_method_and_the_test_its_intervals():
+    panels = {axes.get_title(): axes for axes in FIGURES["circuit_breaker"]().axes}
+    cells = {title: [text.get_text() for text in axes.texts] for title, axes in panels.items()}
+    assert cells["attack success, DCT"] == ["50%"] * 4
+    assert cells["attack success, random"] == ["0%"] * 4
+    assert cells["score, DCT"] == cells["score, random"] == ["−2", "+3"] * 2
+    assert [label.get_text() for label in panels["score, DCT"].get_yticklabels()] == ["1 R", "2 R"]
+    assert cells["attack success, test"] == [" 0%", " 50%"]
 
 
 def test_every_kind_has_a_curve_and_every_organism_a_dot():

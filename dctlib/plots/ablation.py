@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dctlib.plots import COLOURS, panels, style
+
+_DASHES = {"clean": "--", "average": "-", "avg": ":", "svd": "-."}
 
 
 def ablation(results: Mapping[str, Any]) -> Figure:
@@ -18,18 +21,22 @@ def ablation(results: Mapping[str, Any]) -> Figure:
         ``clean``, a score, and for ``source`` and ``target`` the individual ``scores``, ``v_avg`` and ``v_svd``.
     """
     with style():
-        figure, axes_of = panels(2, height=2.6, ratios=(1, 1))
+        figure, axes_of = panels(2, height=2.9, ratios=(1, 1))
         for axes, side, letter in zip(axes_of, ("source", "target"), "vu", strict=True):
-            axes.hist(results[side]["scores"], bins=20, color=COLOURS["DCT"], alpha=0.7)
-            marks = {
-                "clean": results["clean"],
-                "average": results[side]["average"],
-                f"${letter}_\\mathrm{{avg}}$": results[side]["v_avg"],
-                f"${letter}_\\mathrm{{svd}}$": results[side]["v_svd"],
-            }
-            for (name, value), line in zip(marks.items(), ("--", "-", ":", "-."), strict=True):
-                axes.axvline(value, color="0.3", lw=1, ls=line, label=f"{name} {value:+.1f}")
-            axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+            of = results[side]
+            axes.hist(of["scores"], bins=20, color=COLOURS["DCT"], alpha=0.7)
+            _flags(axes, letter, {"clean": results["clean"], **{key: of[key] for key in ("average", "v_avg", "v_svd")}})
             axes.set(xlabel=f"mean score, {side} direction ablated", ylabel="directions")
         sns.despine(figure)
     return figure
+
+
+def _flags(axes: Axes, letter: str, scores: Mapping[str, float]) -> None:
+    """An upright line at each score, the leftmost the tallest: its name stands clear of the lines to its right."""
+    for place, (key, score) in enumerate(sorted(scores.items(), key=lambda of: -of[1])):
+        kind, top = key.removeprefix("v_"), 1.05 + 0.09 * place
+        name = kind if kind == key else f"${letter}_\\mathrm{{{kind}}}$"
+        at = axes.get_xaxis_transform()
+        axes.plot([score, score], [0, top], transform=at, color="0.3", lw=1, ls=_DASHES[kind], clip_on=False)
+        label = f" {name} {score:+.1f}".replace("-", "−")
+        axes.annotate(label, (score, top), xycoords=at, va="center", fontsize=8, annotation_clip=False)

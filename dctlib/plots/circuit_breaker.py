@@ -1,40 +1,54 @@
 """What gets past a circuit breaker."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from dctlib.metrics import interval
-from dctlib.plots import COLOURS, errorbar, panels, style
+from dctlib.metrics import Interval
+from dctlib.plots import COLOURS, WIDTH, errorbar, style
+
+_LOOKS = {
+    "score": ("score", lambda score: f"{round(score):+d}".replace("-", "−"), {"center": 0, "cmap": "vlag"}),
+    "success": ("attack success", "{:.0%}".format, {"vmin": 0, "vmax": 1, "cmap": "rocket_r"}),
+}
+_COLOURS = {"none": COLOURS["clean"], "DCT": COLOURS["DCT"], "random": COLOURS["random"]}
 
 
-def circuit_breaker(scan: pd.DataFrame, test: Mapping[str, Sequence[bool]]) -> Figure:
+def circuit_breaker(scan: pd.DataFrame, test: Mapping[str, Interval]) -> Figure:
     """Attack success by source layer and multiplier on validation, and of each method's best on test.
 
     Parameters
     ----------
     scan : DataFrame
-        Columns ``method``, ``source``, ``multiplier``, ``success`` (a fraction of 1) and ``score``; those of DCT
-        vectors are drawn, several a cell.
+        Columns ``method``, ``source``, ``multiplier``, ``success`` (a fraction of 1) and ``score``. The best of each
+        cell is drawn, of DCT vectors and of random ones.
     test : mapping
-        Method → whether each test request was answered; the first is drawn as clean.
+        Method, or ``none`` → the share of test requests that were answered.
     """
     with style():
-        of_dct = scan[scan["method"] == "DCT"]
-        figure, axes = panels(3, height=2.7, ratios=(1, 1, 1.1))
-        for panel, column, title, look in (
-            (axes[0], "score", "score", {"center": 0, "cmap": "vlag", "fmt": "+.0f"}),
-            (axes[1], "success", "attack success", {"vmin": 0, "vmax": 1, "cmap": "rocket_r", "fmt": ".0%"}),
-        ):
-            table = of_dct.pivot_table(index="multiplier", columns="source", values=column, aggfunc="max")
-            sns.heatmap(table, annot=True, cbar=False, square=False, ax=panel, annot_kws={"fontsize": 8}, **look)
-            panel.set(title=f"{title}, validation", xlabel="source layer s", ylabel="multiplier of R")
-        for place, (label, verdicts) in enumerate(test.items()):
-            colour = COLOURS["DCT"] if label == "DCT" else COLOURS["clean"] if not place else COLOURS["random"]
-            errorbar(axes[2], place, interval([float(v) for v in verdicts]), color=colour)
-        axes[2].set_xticks(range(len(test)), list(test), rotation=30, ha="right")
-        axes[2].set(title="test", ylabel="attack success", ylim=(-0.03, 1.03), xlim=(-0.5, len(test) - 0.5))
-        sns.despine(ax=axes[2])
+        figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+        rows = [[f"{method} {column}" for column in _LOOKS] for method in ("DCT", "random")]
+        axes = figure.subplot_mosaic([[*row, "test"] for row in rows], width_ratios=(1, 1, 1.1))  # pyright: ignore[reportArgumentType]
+        for method, of in scan[scan["method"].isin(["DCT", "random"])].groupby("method"):
+            for column, (title, text, look) in _LOOKS.items():
+                panel = axes[f"{method} {column}"]
+                table = of.pivot_table(index="multiplier", columns="source", values=column, aggfunc="max")
+                sns.heatmap(
+                    table, annot=table.map(text), fmt="", cbar=False, ax=panel, annot_kws={"fontsize": 8}, **look
+                )
+                panel.set(title=f"{title}, {method}", xlabel="source layer s" * (method == "random"), ylabel="")
+                panel.set_yticklabels([f"{multiplier:g} R" for multiplier in table.index], rotation=0)
+        figure.supylabel("length of the vector", fontsize="medium")
+        for place, (label, mean) in enumerate(test.items()):
+            colour = _COLOURS.get(label, (0.25,) * 3)
+            errorbar(axes["test"], place, mean, color=colour)
+            axes["test"].annotate(f" {mean.mean:.0%}", (place, mean.mean), va="bottom", fontsize=8, color=colour)
+        axes["test"].set_xticks(range(len(test)), [label.replace("difference of ", "") for label in test], fontsize=8)
+        axes["test"].set(title="attack success, test")
+        axes["test"].set(ylim=(-0.03, 1.03), xlim=(-0.5, len(test) - 0.2))
+        axes["test"].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        sns.despine(ax=axes["test"])
     return figure

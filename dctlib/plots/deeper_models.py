@@ -39,9 +39,9 @@ def deeper_models(found: pd.DataFrame) -> Figure:
                 fontsize=8,
             )
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.set(
-                title=str(model).rsplit("/", 1)[-1], xlabel="source layer s", ylabel="test score of the best vector"
-            )
+            folder, _, name = str(model).rpartition("/")
+            title = f"{name} organism" if folder.startswith("models") else name
+            panel.set(title=title, xlabel="source layer s", ylabel="test score of the best vector")
         axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         sns.despine(figure)
     return figure
