@@ -252,6 +252,8 @@ class Stability(OnModel, Fitted):
     """Of the two fits of every setting."""
     widths: Annotated[list[Count], Field(min_length=1)]
     test: Several
+    probes: Count
+    """Directions of each kind along which a transcoder is held to its map."""
 
 
 class Replicates(Fitted, Refusing):

@@ -34,7 +34,7 @@ SHRUNK = {
     "validation": 4,
     "test": 11,
     "answer_tokens": 3,
-    "sizes": [2],
+    "sizes": [1, 2],
     "shuffles": 2,
     "d": 64,
     "planted": 4,
@@ -61,6 +61,7 @@ SHRUNK = {
     "least": 0.0,
     "held_out": 2,
     "trusted": 4,
+    "probes": 8,
 }
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 
