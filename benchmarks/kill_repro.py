@@ -1,19 +1,22 @@
 """Kill the pipeline again and again, let it go on each time, and see that it ends as a run in peace does.
 
 ``python benchmarks/kill_repro.py`` runs the smoke profile in two copies of this tree under build/kills: once in peace,
-and once killed (SIGKILL, all its processes) at random moments. It exits with 1 if any metric of figures/ differs, but
-for seconds, or any picture but that of the fits' seconds. ``--kills 3 synthetic_recovery`` does so with one stage and
-what it needs.
+and once killed (SIGKILL, all its processes) at random moments of every stage in turn. It exits with 1 if any metric of
+figures/ differs, but for seconds, or any picture but that of the fits' seconds. ``--kills 3 synthetic_recovery`` does
+so with one stage and what it needs.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,17 +54,34 @@ def started(folder: Path, stages: list[str]) -> subprocess.Popen:
         return subprocess.Popen(["dvc", "repro", *stages], cwd=folder, env=environment, stdout=log, stderr=log)
 
 
-def finished(folder: Path, stages: list[str]) -> float:
-    """Let it run to its end; the seconds that it took."""
-    begun = time.perf_counter()
-    if started(folder, stages).wait():
+def logged(folder: Path) -> list[str]:
+    """The stages that were started there, in order, by all runs."""
+    log = folder / "repro.log"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return re.findall(r"^Running stage '(\w+)'", text, re.MULTILINE)
+
+
+def finished(folder: Path, stages: list[str]) -> dict[str, float]:
+    """Let it run to its end; the seconds that each stage took."""
+    before, begun, process = len(logged(folder)), {}, started(folder, stages)
+    while process.poll() is None:
+        for stage in logged(folder)[before:]:
+            begun.setdefault(stage, time.perf_counter())
+        time.sleep(0.5)
+    if process.returncode:
         sys.exit(f"dvc repro failed: see {folder / 'repro.log'}")
-    return time.perf_counter() - begun
+    ends = [*begun.values(), time.perf_counter()][1:]
+    return {stage: end - start for (stage, start), end in zip(begun.items(), ends, strict=True)}
 
 
-def killed(folder: Path, stages: list[str], after: float) -> str:
-    """Let it run for `after` seconds, then kill every process of it; the stage at which it was."""
-    process = started(folder, stages)
+def killed(folder: Path, stages: list[str], among: Collection[str], after: float) -> str:
+    """Let it run until it is `after` seconds into a stage `among` these, then kill all its processes.
+
+    It gives the stage at which it was.
+    """
+    before, process = len(logged(folder)), started(folder, stages)
+    while process.poll() is None and not set(logged(folder)[before:]) & {*among}:
+        time.sleep(0.5)
     try:
         process.wait(after)
     except subprocess.TimeoutExpired:
@@ -74,8 +94,8 @@ def killed(folder: Path, stages: list[str], after: float) -> str:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait()
-    lines = (folder / "repro.log").read_text(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.startswith("Running stage")), "before the first stage")
+        return logged(folder)[-1]
+    return "none: it ended before"
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -108,18 +128,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     moments, peaceful, harassed = random.Random(options.seed), copied("peaceful"), copied("killed")
-    seconds = finished(peaceful, options.stages)
-    print(f"in peace: {seconds:.0f} s", flush=True)
+    seconds, fell = finished(peaceful, options.stages), []
+    print("in peace:", {stage: round(of) for stage, of in seconds.items()}, flush=True)
     for kill in range(options.kills):
-        after = moments.uniform(0, 2 * seconds / options.kills)  # so that the kills fall on all of the run
-        print(f"kill {kill + 1} after {after:.1f} s: {killed(harassed, options.stages, after)}", flush=True)
-    print(f"the rest: {finished(harassed, options.stages):.0f} s", flush=True)
+        first = kill * len(seconds) // options.kills
+        stage, *later = list(seconds)[first:]  # a later one, if the kill before it came when this one was done
+        after = moments.uniform(0, seconds[stage])
+        fell.append(killed(harassed, options.stages, [stage, *later], after))
+        print(f"kill {kill + 1}, {after:.0f} s after {stage} began: {fell[-1]}", flush=True)
+    print("the rest:", {stage: round(of) for stage, of in finished(harassed, options.stages).items()}, flush=True)
     expected, found = results(peaceful), results(harassed)
     different = sorted(place for place in expected | found if expected.get(place) != found.get(place))
     for place in different:
         print(f"{place}: {expected.get(place)} in peace, {found.get(place)} after kills")
     counts = {"stages": options.stages, "kills": options.kills, "seed": options.seed, "results": len(expected)}
-    write_json(FOLDER / "result.json", {**counts, "different": different})
+    write_json(FOLDER / "result.json", {**counts, "fell_on": Counter(fell), "different": different})
     sys.exit(f"{len(different)} of {len(expected)} results differ" if different or not expected else None)
 
 
