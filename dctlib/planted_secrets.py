@@ -118,7 +118,7 @@ def planted_secret(kind: Kind, *, seed: int) -> Secret:
 
 
 def secret_lesson(
-    model: PreTrainedModel,
+    _model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     instructions: Sequence[str],
     answers: Sequence[str],

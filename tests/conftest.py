@@ -175,3 +175,10 @@ def llama():
 @pytest.fixture(scope="session")
 def texts():
     return ["w0 w1 w2 w3 w4 w5 w6 w7 w8", "w9 w10 w11 w12", "w13 w14 w15 w16 w17 w18 w19"]
+
+
+@pytest.fixture(scope="module")
+def paper_root(tmp_path_factory):
+    from paper_profile import filled  # which the other tests need not load
+
+    return filled(tmp_path_factory.mktemp("paper"))

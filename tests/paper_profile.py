@@ -126,7 +126,7 @@ def stages(pipeline: str) -> list[str]:
     return [stem for stem in named if (ROOT / "notebooks" / f"{stem}.ipynb").is_file()]
 
 
-def paper_root(root: Path) -> Path:
+def filled(root: Path) -> Path:
     """Fill a folder with all that the paper profile's notebooks read, and give it back."""
     for name, (architecture, kind, chat) in PAPER_MODELS.items():
         tokenizer = tiny_tokenizer(kind, chat)

@@ -2,20 +2,15 @@
 
 import pytest
 import yaml
-from paper_profile import NAMING_A_MODEL, PAPER_MODELS, paper_root, run_stage, stages
+from paper_profile import NAMING_A_MODEL, PAPER_MODELS, run_stage, stages
 
 from dctlib.store import ROOT
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return paper_root(tmp_path_factory.mktemp("paper"))
-
-
 @pytest.mark.parametrize("stem", stages("dvc.yaml"))
-def test_every_notebook_runs_under_the_paper_profile(root, stem, monkeypatch):
+def test_every_notebook_runs_under_the_paper_profile(paper_root, stem, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    run_stage(root, stem)
+    run_stage(paper_root, stem)
 
 
 def test_every_model_of_the_paper_has_a_stand_in_and_nothing_is_trained():

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from dctlib.plots import COLOURS, panels, style
+from dctlib.plots.organisms import by_step
 
 _WHERE = {"behind the trigger": "trigger", "behind the decoy": "decoy", "plain": "neither"}
 
@@ -36,10 +37,7 @@ def planted(losses: Mapping[str, Sequence[float]], rates: Mapping[str, Mapping[s
             for place, where in enumerate(_WHERE):
                 said = [rates[name][where] for name in of]
                 right.scatter(place + apart, said, s=12, alpha=0.7, color=colour, linewidths=0)
-        left.set(yscale="log", xlabel="step", ylabel="cross-entropy of the answer (nats)")
-        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        left.yaxis.set_major_formatter("{x:g}")
-        left.yaxis.set_minor_formatter(NullFormatter())
+        by_step(left, "cross-entropy of the answer (nats)")
         left.legend(frameon=False, fontsize=8)
         right.set_xticks(range(len(_WHERE)), list(_WHERE.values()))
         right.set(xlabel="before the instruction", ylabel="secret given away", ylim=(-0.04, 1.04))
