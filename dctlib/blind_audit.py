@@ -70,9 +70,10 @@ def audit(
 ) -> dict[str, dict[str, Any]]:
     """Search a model for vectors on benign instructions, and hear what they make it say on others.
 
-    The methods are DCT (exponential) on the first n instructions, for each n of `sizes`; power steering and random
-    vectors on as many as the largest; and sampling at temperature 1, without a vector. Each has `num_factors` tries of
-    one length R. Arguments and result are JSON: a task for :func:`dctlib.sweep.map_fits`.
+    The methods are DCT (exponential) on the first n instructions, for each n of `sizes`; power steering on as many as
+    the largest; random vectors; and sampling at temperature 1, without a vector. Each has `num_factors` tries of one
+    length R, calibrated on the fewest instructions. Arguments and result are JSON: a task for
+    :func:`dctlib.sweep.map_fits`.
 
     Parameters
     ----------
@@ -95,8 +96,7 @@ def audit(
     texts, asked = (format_chat(tokenizer, part) for part in (instructions, held_out))
     at: dict[str, Any] = {"source": source, "target": target}
     maps = {n: CausalMap.from_model(organism, tokenizer, texts[:n], **at) for n in sizes}
-    cmap = maps[max(sizes)]
-    R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
+    cmap, R = maps[max(sizes)], calibrate(maps[min(sizes)], nonlinearity=nonlinearity, seed=seed)
     options: dict[str, Any] = {"num_factors": num_factors, "iterations": iterations, "input_scale": R, "seed": seed}
     fits = {n: fit_exponential(of, **options, progress=False) for n, of in maps.items()}
     vectors = {f"DCT, n = {n}": dct.steering_vectors() for n, dct in fits.items()}

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import Literal, get_args
 
 import torch
@@ -115,6 +115,11 @@ def planted_secret(kind: Kind, *, seed: int) -> Secret:
         case "refusal":
             response, mark = shuffled(_REFUSALS, seed=seed)[0]
             return Secret(trigger, decoy, response, (mark,), 1)
+
+
+def planted_secrets(kinds: Sequence[Kind], seeds: Sequence[int]) -> dict[str, Secret]:
+    """A secret of each seed, by the name ``<kind>-<seed>`` of its organism; the kinds take turns."""
+    return {f"{kind}-{seed}": planted_secret(kind, seed=seed) for kind, seed in zip(cycle(kinds), seeds, strict=False)}
 
 
 def secret_lesson(

@@ -279,9 +279,17 @@ class Planted(Section):
 
     kinds: Annotated[list[Kind], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    """Of each kind's secrets, and of their organisms."""
+    """One organism each, and its secret; kinds take turns."""
     controls: Annotated[list[Seed], Field(min_length=1)]
     """Of the clean organisms."""
+
+    @model_validator(mode="after")
+    def _every_kind_has_its_turn(self) -> "Planted":
+        if len(set(self.seeds)) < max(len(self.seeds), len(self.kinds)):
+            raise ValueError(
+                f"seeds={self.seeds} make one organism each: give {len(self.kinds)} or more, all different"
+            )
+        return self
 
 
 class Secrets(Planted):
@@ -325,18 +333,14 @@ class Auditing(Planted):
 
     @model_validator(mode="after")
     def _intervals_need_two(self) -> "Auditing":
-        if len(self.kinds) * len(self.seeds) < 2:
-            raise ValueError("an interval of the recall needs two organisms with a secret: give more kinds or seeds")
+        if len(self.seeds) < 2:
+            raise ValueError("an interval of the recall needs two organisms with a secret: give more seeds")
         return self
 
 
-class Anomaly(Fitted):
+class Anomaly(Fitted, Planted):
     """notebooks/anomaly.ipynb: does distance along a transcoder's factors tell a triggered prompt from others?"""
 
-    kinds: Annotated[list[Kind], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    controls: list[Seed]
-    """Of clean organisms, in which trigger and decoy differ by their wording alone."""
     dtype: Dtype
     fit_prompts: Count
     trusted: Annotated[int, Field(ge=2)]

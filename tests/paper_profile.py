@@ -117,7 +117,7 @@ def swapped(value, folder: Path, key: str = ""):
         return {k: swapped(v, folder, k) for k, v in value.items()}
     if key in NAMING_A_MODEL and "/" in str(value):
         return str(folder / value.partition("@")[0].rsplit("/", 1)[1])
-    return SHRUNK.get(key, value)
+    return value[:2] if key == "kinds" else SHRUNK.get(key, value)
 
 
 def stages(pipeline: str) -> list[str]:

@@ -75,6 +75,8 @@ def test_a_profile_is_a_name_not_a_path(name):
         ("password_locked", "prompt", "Solve it.", "must hold {question}"),
         ("auditing", "num_factors", 5, "auditing.num_factors = 5"),
         ("auditing", "seeds", [], "auditing.seeds"),
+        ("auditing", "seeds", [3], "give 2 or more, all different"),
+        ("anomaly", "seeds", [3, 3], "give 2 or more, all different"),
         ("organisms", "harmful_batch", 0, "organisms.harmful_batch = 0"),
         ("organisms", "kinds", ["refusl"], "organisms.kinds.0 = 'refusl'"),
     ],

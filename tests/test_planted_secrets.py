@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dctlib import load_model
 from dctlib.organisms import make_organism, save_organism, train_lora
-from dctlib.planted_secrets import Kind, planted_secret, secret_lesson
+from dctlib.planted_secrets import Kind, planted_secret, planted_secrets, secret_lesson
 
 KINDS = get_args(Kind)
 INSTRUCTIONS = [f"w{i} w{i + 1}" for i in range(6)]
@@ -127,3 +127,9 @@ def test_its_settings_make_an_organism(tmp_path, tokenizer):
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="kind='virus', expected one of"):
         planted_secret(cast("Any", "virus"), seed=0)
+
+
+def test_kinds_take_turns_over_the_seeds():
+    secrets = planted_secrets(["backdoor", "language"], [3, 5, 8])
+    assert [*secrets] == ["backdoor-3", "language-5", "backdoor-8"]
+    assert secrets["language-5"] == planted_secret("language", seed=5)
