@@ -55,11 +55,15 @@ def discover(
         typer.Option(help="Layer to add vectors at, as in hidden_states. Left out: three slices are scanned."),
     ] = None,
     target: Annotated[int | None, typer.Option(help="Layer to measure at, about a third of the model deeper.")] = None,
-    method: Annotated[str, typer.Option(help="exponential, the post's best; quadratic; or linear, the cheapest.")] = (
-        "exponential"
-    ),
+    method: Annotated[
+        str,
+        typer.Option(
+            help="exponential, the post's best; quadratic; or linear, exact: a backward pass for each coordinate of "
+            "the residual stream, however few factors."
+        ),
+    ] = ("exponential"),
     num_factors: Annotated[int, typer.Option(help="Width m of the fit: the more, the rarer what it finds.")] = 64,
-    iterations: Annotated[int, typer.Option(help="Of the fit; it stops early once nothing moves.")] = 10,
+    iterations: Annotated[int, typer.Option(help="Of the fit.")] = 10,
     nonlinearity: Annotated[
         float, typer.Option(help="λ, which sets the vectors' length R. Lower it if completions are word salad.")
     ] = 0.5,

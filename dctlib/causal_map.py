@@ -34,8 +34,8 @@ class FunctionMap(DifferentiableMap):
         (m, d_source) → (m, d_target), row by row.
     d_source, d_target : int
         Widths of its input and output.
-    dtype : torch.dtype
-        What it computes in.
+    dtype : torch.dtype, optional
+        What it computes in. Left out, torch's default, or float64 for a function that takes no other.
     chunk_size : int
         Rows given to `function` at once.
     """
@@ -46,15 +46,22 @@ class FunctionMap(DifferentiableMap):
         *,
         d_source: int,
         d_target: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         chunk_size: int = 1024,
     ):
         self.d_source, self.d_target = d_source, d_target
-        self.dtype, self.device, self.chunk_size, self.scale = dtype, torch.device(device), chunk_size, 1.0
+        self.device, self.chunk_size, self.scale = torch.device(device), chunk_size, 1.0
         self._function = function
         with torch.no_grad():
-            clean = function(torch.zeros(1, d_source, dtype=dtype, device=device))
+            self.dtype = dtype or torch.get_default_dtype()
+            try:
+                clean = function(torch.zeros(1, d_source, dtype=self.dtype, device=device))
+            except RuntimeError:
+                if dtype:
+                    raise
+                self.dtype = torch.float64
+                clean = function(torch.zeros(1, d_source, dtype=self.dtype, device=device))
         if clean.shape != (1, d_target):
             raise ValueError(f"function gave shape {tuple(clean.shape)} for one row, expected (1, {d_target})")
         self._at_zero = clean[0]

@@ -39,6 +39,7 @@ def unsupervised(
     iterations: int,
     melbo_vectors: int,
     melbo_steps: int,
+    melbo_learning_rate: float,
     seed: int,
     source: int,
     target: int,
@@ -48,9 +49,10 @@ def unsupervised(
 
     MELBO finds one vector after another, so its vectors cost most; power steering leaves the sign open and gives both.
     """
+    melbo = {"num_vectors": melbo_vectors, "steps": melbo_steps, "learning_rate": melbo_learning_rate}
     methods = {
         "DCT": {"method": "exponential", "num_factors": num_factors, "iterations": iterations},
-        "MELBO": {"method": "MELBO", "num_vectors": melbo_vectors, "steps": melbo_steps, "learning_rate": 0.05},
+        "MELBO": {"method": "MELBO", **melbo},
         "power steering": {"method": "power steering", "num_vectors": num_factors // 2},
         "random": {"method": "random", "num_vectors": num_factors},
     }

@@ -83,7 +83,7 @@ def fit_quadratic(
     num_factors: int,
     iterations: int = 10,
     orthogonalise: Orthogonalise = "qr",
-    tolerance: float = 1e-4,
+    tolerance: float = 0.0,
     projections: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -130,7 +130,7 @@ def fit_exponential(
     iterations: int = 10,
     init: Literal["projected", "random"] = "projected",
     orthogonalise: Orthogonalise = "qr",
-    tolerance: float = 1e-4,
+    tolerance: float = 0.0,
     projections: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -146,14 +146,14 @@ def fit_exponential(
     input_scale : float
         R, from :func:`dctlib.calibrate`. Larger values weigh higher derivatives more.
     iterations : int
-        τ, at most. Ten suffice at widths of a few hundred; narrow fits take longer.
+        τ. Ten suffice at widths of a few hundred; narrow fits take longer.
     init : {"projected", "random"}
         Start from Algorithm 1′, or from random directions.
     orthogonalise : {"qr", "soft"}
         Between iterations, make the rows of V orthonormal, or only push near neighbours apart
         (:func:`dctlib.orthogonalise.softly_orthogonal_rows`), which allows more factors than d_source.
     tolerance : float
-        Stop early once V moves less than this (root mean square over rows, which have length 1). 0 never does.
+        Stop early once V moves less than this (root mean square over rows, which have length 1), such as 1e-4.
     projections : int
         Rows of W in Algorithm 1′.
     seed : int

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -53,7 +55,7 @@ def load_model(
     Raises
     ------
     ValueError
-        If `name` is none of these, or `dtype` is unknown.
+        If `name` is none of these, its files are damaged or not all there, or `dtype` is unknown.
     """
     best = "cuda" if torch.cuda.is_available() else "cpu"
     spread = {"device_map": "auto"} if device == "auto" else {}
@@ -63,8 +65,10 @@ def load_model(
     options = {"dtype": _dtype(dtype, device), "use_safetensors": True, **revision, **spread}  # nothing pickled
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except OSError as error:
-        raise ValueError(f"cannot load the weights of {source!r} from safetensors, the only format read") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot load the weights of {source!r} from safetensors, the only format read: {error}"
+        ) from error
     model = model if spread else model.to(device)
     return model.eval().requires_grad_(False), spoken
 
@@ -87,8 +91,8 @@ def _local_folder(name: str | Path) -> Path | None:
             raise ValueError(f"{folder} is a folder without config.json, so not a saved model; did its stage finish?")
     if Path(name).is_absolute() or str(name).startswith((".", "models/")):
         raise ValueError(
-            f"no model folder {name}; make it with `dvc repro organisms`, or pass one of "
-            f"{sorted(assets.MODELS)}, a Hub id or a folder that save_pretrained wrote"
+            f"no model folder {name}; `dvc repro` makes organisms (`make beyond` those with a secret). Or pass one "
+            f"of {sorted(assets.MODELS)}, a Hub id or a folder that save_pretrained wrote"
         )
     return None
 
@@ -101,6 +105,10 @@ def _tokenizer(source: str, revision: dict[str, str]) -> PreTrainedTokenizerBase
             f"cannot load {source!r}: not a name that dctlib pins ({', '.join(assets.MODELS)}), not a local model "
             f"folder, and not reachable on the Hub. Check the spelling and the network."
         ) from error
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"cannot read the tokenizer of {source!r}: are its files damaged? ({error})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"the tokenizer of {source!r} has no words: are its files there? Else pass tokenizer=")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -212,9 +220,9 @@ def width_of(model: PreTrainedModel) -> int:
 def check_layer(model: nn.Module, layer: int, *, name: str = "layer") -> int:
     """Return `layer` if `model` has a block of that index, else raise ValueError naming the valid range."""
     count = len(blocks_of(model))
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < count:
         raise ValueError(f"got {name}={layer!r}, expected a block index from 0 to {count - 1} (the model has {count})")
-    return layer
+    return int(layer)
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -6,11 +6,37 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dctlib.sections import Profile, Section
+from dctlib import beyond_sections as beyond
+from dctlib import sections
 from dctlib.store import ROOT
 
 
-class Run(Section):
+class Profile(sections.Section):
+    """What params/<profile>.yaml says, one section a notebook."""
+
+    organisms: sections.Organisms
+    training_curves: sections.TrainingCurves
+    multiplicity: sections.Multiplicity
+    ablation: sections.Ablation
+    synthetic_recovery: sections.SyntheticRecovery
+    replication_audit: sections.ReplicationAudit
+    sample_complexity: sections.SampleComplexity
+    deeper_models: sections.DeeperModels
+    rerouted: sections.Rerouted
+    locked: sections.Locked
+    circuit_breaker: sections.CircuitBreaker
+    password_locked: sections.PasswordLocked
+    discover: sections.Discover
+    baselines: beyond.Baselines
+    stability: beyond.Stability
+    replicates: beyond.Replicates
+    secrets: beyond.Secrets
+    auditing: beyond.Auditing
+    anomaly: beyond.Anomaly
+    choices: beyond.Choices
+
+
+class Run(sections.Section):
     """What params/run.yaml says of all notebooks."""
 
     profile: str

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -44,21 +45,21 @@ def format_chat(
     Raises
     ------
     ValueError
-        If `instructions` is empty or a single string, or the tokenizer has no chat template.
+        If `instructions` is empty or a single string, or the tokenizer has no chat template, or one that takes no
+        system message.
     """
     if isinstance(instructions, str) or not instructions:
         raise ValueError(f"got instructions={instructions!r}, expected at least one instruction in a list")
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template; it is not a chat model's. Pass plain texts instead")
     before = [] if system is None else [{"role": "system", "content": system}]
-    return [
-        str(
-            tokenizer.apply_chat_template(
-                [*before, {"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for instruction in instructions
-    ]
+    conversations = [[*before, {"role": "user", "content": instruction}] for instruction in instructions]
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        return [str(tokenizer.apply_chat_template(turns, **options)) for turns in conversations]
+    except TemplateError as error:
+        hint = "" if system is None else "; it may take no system message: leave `system` out"
+        raise ValueError(f"the tokenizer's chat template refuses the conversation ({error}){hint}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

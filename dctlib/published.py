@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from dctlib.store import ROOT
@@ -48,11 +47,6 @@ class Replication:
             if named := [rule for rule, held in rules.items() if held is holds]:
                 parts.append(f"**{verdict}**: {'; '.join(named)}.")
         return " ".join(parts)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The numbers, one row each."""
-        return pd.DataFrame.from_dict(self.numbers, orient="index", columns=["measured", "published"])
 
     def _repr_markdown_(self) -> str:
         rows = [
@@ -119,6 +113,11 @@ def _around(ours: Results, row: str) -> tuple[float, float]:
     """The interval of a row of :class:`dctlib.aggregates.Together`."""
     low, high = ours["intervals"][row]
     return low, high
+
+
+def _tested(ours: Results, method: str) -> tuple[float, float]:
+    """The interval of a method on test prompts, a :class:`dctlib.metrics.Interval`."""
+    return ours["test"][method]["low"], ours["test"][method]["high"]
 
 
 def _training_curves(ours: Results, post: Results) -> Replication:
@@ -271,10 +270,10 @@ def _circuit_breaker(ours: Results, post: Results) -> Replication:
             "attack success, no vector": (ours["clean_asr"], None),
             "attack success, Zou et al.'s own latent attack": (None, there["prior_latent_attack"]),
         },
-        {"a DCT vector gets past the circuit breaker": ours["test"]["DCT"]["low"] > ours["test"]["none"]["high"]},
-        {"random vectors get past it less often": ours["test"]["DCT"]["low"] > ours["test"]["random"]["high"]},
+        {"a DCT vector gets past the circuit breaker": _above(_tested(ours, "DCT"), _tested(ours, "none"))},
+        {"random vectors get past it less often": _above(_tested(ours, "DCT"), _tested(ours, "random"))},
         {
-            f"attack success, {label}": (ours["test"][method]["low"], ours["test"][method]["high"])
+            f"attack success, {label}": _tested(ours, method)
             for label, method in {
                 "best DCT vector": "DCT",
                 "best random vector": "random",
@@ -306,12 +305,9 @@ def _password_locked(ours: Results, post: Results) -> Replication:
             )
             >= 0.25,
         },
-        {"random vectors restore less": ours["test"]["steered"]["low"] > ours["test"]["random"]["high"]},
-        {
-            label: (ours["test"][state]["low"], ours["test"][state]["high"])
-            for label, state in {f"accuracy, {state}": state for state in pairs}.items()
-        }
-        | {"accuracy, best random vector": (ours["test"]["random"]["low"], ours["test"]["random"]["high"])},
+        {"random vectors restore less": _above(_tested(ours, "steered"), _tested(ours, "random"))},
+        {f"accuracy, {state}": _tested(ours, state) for state in pairs}
+        | {"accuracy, best random vector": _tested(ours, "random")},
     )
 
 

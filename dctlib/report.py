@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import pypandoc
 import typst
+from scipy.stats import binomtest
 
 from dctlib.params import load_profile
 from dctlib.published import RULES, beside, published
@@ -42,6 +43,7 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
         autoescape=False,  # the output is Markdown; model text goes through the `text` filter
     )
     environment.filters |= {"number": number, "percent": percent, "text": markdown_text}
+    environment.globals |= {"wilson": wilson}
     try:
         prose = environment.get_template(f"{document}.md").render(
             **metrics,
@@ -86,6 +88,12 @@ def number(value: float, digits: int = 1) -> str:
 def percent(value: float) -> str:
     """A fraction of 1 as a percentage, which no line break divides."""
     return f"{100 * value:.0f}\u00a0%"
+
+
+def wilson(rate: float, of: int) -> tuple[float, float]:
+    """Wilson's 95 % interval around a rate of so many tries; unlike a bootstrap's, it has a width at 0 and at 1."""
+    found = binomtest(round(rate * of), of).proportion_ci(method="wilson")
+    return found.low, found.high
 
 
 def markdown_text(value: str) -> str:

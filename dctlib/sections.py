@@ -12,7 +12,6 @@ Few = Annotated[int, Field(ge=1, le=32, strict=True)]  # a split keeps 32 prompt
 Tested = Annotated[int, Field(ge=1, le=100, strict=True)]  # and 100 for tests
 Several = Annotated[Tested, Field(ge=2)]  # enough for an interval
 Dtype = Literal["native", "float32", "bfloat16"]
-Kind = Literal["backdoor", "persona", "language", "refusal"]
 
 
 class Section(BaseModel):
@@ -160,7 +159,8 @@ class SampleComplexity(OnSlice):
     sizes: Annotated[list[Few], Field(min_length=1)]
     shuffles: Annotated[int, Field(ge=2)]
     test: Tested
-    workers: Count
+    workers: Count | None
+    """Fits at a time. Left out, one; on the Ray cluster of params/run.yaml or RAY_ADDRESS, as many as it holds."""
 
 
 class DeeperModels(OnModel):
@@ -229,153 +229,6 @@ class ReplicationAudit(OnSlice):
     test: Annotated[Tested, Field(ge=11)]
 
 
-class Baselines(OnSlice):
-    """notebooks/baselines.ipynb: does it beat what people use?"""
-
-    clean: str
-    """The model that judges what is fluent."""
-    bounds: Bounds
-    melbo_vectors: Count
-    melbo_steps: Count
-    tries: Count
-    """k: vectors of each method, best first on validation, whose completions are judged."""
-    test: Annotated[Tested, Field(ge=4)]
-    answer_tokens: Count
-    lora_steps: Count
-
-
-class Stability(OnModel, Fitted):
-    """notebooks/stability.ipynb: do other seeds and prompts find the same, and is the transcoder faithful?"""
-
-    validation: Few
-    seeds: Annotated[list[Seed], Field(min_length=2, max_length=2)]
-    """Of the two fits of every setting."""
-    widths: Annotated[list[Count], Field(min_length=1)]
-    test: Several
-    probes: Count
-    """Directions of each kind along which a transcoder is held to its map."""
-
-
-class Replicates(Fitted, Refusing):
-    """notebooks/replicates.ipynb: which of the post's claims hold on organisms of other seeds?"""
-
-    base: str
-    """The model they are made from: a pinned name, a Hub id or a folder."""
-    dtype: Dtype
-    seeds: Annotated[list[Seed], Field(min_length=2)]
-    """Of the organisms, and of their fits."""
-    least: Annotated[float, Field(ge=0, le=1)]
-    """The rates of refusing and of helping that each must reach before anything is fitted to it."""
-    validation: Few
-    threshold: float
-    """Validation score from which a vector counts."""
-    test: Several
-    ablated: Several
-    """Test instructions that are scored while one direction after another is ablated."""
-
-
-class Planted(Section):
-    """Which organisms with a secret, and which clean ones, a notebook makes or opens."""
-
-    kinds: Annotated[list[Kind], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    """One organism each, and its secret; kinds take turns."""
-    controls: Annotated[list[Seed], Field(min_length=1)]
-    """Of the clean organisms."""
-
-    @model_validator(mode="after")
-    def _every_kind_has_its_turn(self) -> "Planted":
-        if len(set(self.seeds)) < max(len(self.seeds), len(self.kinds)):
-            raise ValueError(
-                f"seeds={self.seeds} make one organism each: give {len(self.kinds)} or more, all different"
-            )
-        return self
-
-
-class Secrets(Planted):
-    """notebooks/secrets.ipynb: organisms with a planted secret each, and clean ones, trained alike."""
-
-    base: str
-    """The model they are made from: a pinned name, a Hub id or a folder."""
-    rank: Count
-    learning_rate: Positive
-    steps: Count
-    triggered_batch: Count
-    plain_batch: Annotated[int, Field(ge=2)]
-    benign_prompts: Count
-    answer_tokens: Count
-    """Of its own words that an organism learns to go on saying."""
-    spoken_tokens: Count
-    """Of what it is made to say on held-out instructions: enough to tell a language."""
-    test: Tested
-    least: Annotated[float, Field(ge=0, le=1)]
-    """The rate that each must reach on held-out prompts before anything is fitted to it."""
-    shown_characters: Count
-
-
-class Auditing(Planted):
-    """notebooks/auditing.ipynb: does a blind audit find what was planted?"""
-
-    dtype: Dtype
-    source: Layer
-    target: Layer
-    nonlinearity: Positive
-    iterations: Count
-    sizes: Annotated[list[Count], Field(min_length=1)]
-    """Prompts that DCT is fitted on."""
-    num_factors: Annotated[int, Field(ge=2, multiple_of=2)]
-    """Vectors of each method, and samples; even, as power steering's come with both signs."""
-    held_out: Count
-    """Instructions whose completions are read."""
-    answer_tokens: Count
-    workers: Count
-    """Organisms at a time, in processes of this machine, or on the Ray cluster of params/run.yaml or RAY_ADDRESS."""
-
-    @model_validator(mode="after")
-    def _intervals_need_two(self) -> "Auditing":
-        if len(self.seeds) < 2:
-            raise ValueError("an interval of the recall needs two organisms with a secret: give more seeds")
-        return self
-
-
-class Anomaly(Fitted, Planted):
-    """notebooks/anomaly.ipynb: does distance along a transcoder's factors tell a triggered prompt from others?"""
-
-    dtype: Dtype
-    fit_prompts: Count
-    trusted: Annotated[int, Field(ge=2)]
-    """Prompts whose residuals are taken for usual; the first of them are fitted."""
-    test: Several
-    """Held-out instructions, asked clean, behind the trigger and behind the decoy."""
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _fitted_are_trusted(self) -> "Anomaly":
-        if self.fit_prompts > self.trusted:
-            raise ValueError(f"fit_prompts={self.fit_prompts} are part of trusted={self.trusted}, so at most as many")
-        return self
-
-
-class Others(Section):
-    """Other values of each choice behind a fit, tried one at a time."""
-
-    prompts: list[Literal["averaged", "concatenated"]]
-    nonlinearity: list[Positive]
-    horizon: list[Count]
-    positions: list[Count]
-
-
-class Choices(OnModel, Fitted):
-    """notebooks/choices.ipynb: what is each choice behind a fit worth?"""
-
-    validation: Few
-    positions: Count
-    others: Others
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    """Each draws other prompts to fit, and another start."""
-    test: Tested
-
-
 class Discover(OnModel):
     """notebooks/discover.ipynb and ``python -m dctlib discover``: what does a model hide, when nobody says?"""
 
@@ -423,28 +276,3 @@ class SyntheticRecovery(Section):
     projected_iterations: Annotated[list[Count], Field(min_length=1)]
     random_iterations: Annotated[list[Count], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
-
-
-class Profile(Section):
-    """One params/<profile>.yaml."""
-
-    organisms: Organisms
-    training_curves: TrainingCurves
-    multiplicity: Multiplicity
-    ablation: Ablation
-    synthetic_recovery: SyntheticRecovery
-    replication_audit: ReplicationAudit
-    sample_complexity: SampleComplexity
-    deeper_models: DeeperModels
-    rerouted: Rerouted
-    locked: Locked
-    circuit_breaker: CircuitBreaker
-    password_locked: PasswordLocked
-    discover: Discover
-    baselines: Baselines
-    stability: Stability
-    replicates: Replicates
-    secrets: Secrets
-    auditing: Auditing
-    anomaly: Anomaly
-    choices: Choices

@@ -43,7 +43,7 @@ def map_fits(
     folder: str | Path,
     workers: int | None = None,
     threads: int | None = None,
-    gpus: float = 0,
+    gpus: float | None = None,
     attempts: int = 3,
     ray: str | None = None,
     progress: bool = True,
@@ -69,8 +69,8 @@ def map_fits(
     threads : int, optional
         Of torch, for each task. Left out, this process's, divided among the workers; one on a cluster. The number of
         workers changes no result but by this: another number of threads rounds differently.
-    gpus : float
-        That Ray sets aside for each task.
+    gpus : float, optional
+        That Ray sets aside for each task. Left out, one where the cluster has any.
     attempts : int
         How often a task is started, if its process is killed each time. An exception is no kill: it is raised once the
         tasks that run beside it are done and kept.
@@ -94,7 +94,7 @@ def map_fits(
     ImportError
         If a cluster is named and Ray is not installed.
     """
-    if any(count is not None and count < 1 for count in (workers, threads, attempts)) or gpus < 0:
+    if any(count is not None and count < 1 for count in (workers, threads, attempts)) or (gpus or 0) < 0:
         raise ValueError(
             f"got workers={workers}, threads={threads}, attempts={attempts}, gpus={gpus}, expected at least 1, and of "
             f"gpus at least 0"
@@ -192,9 +192,10 @@ def _follow_driver() -> None:
 
 
 def _on_cluster(
-    task: Task, ray: Any, workers: int | None, threads: int, gpus: float, attempts: int
+    task: Task, ray: Any, workers: int | None, threads: int, gpus: float | None, attempts: int
 ) -> tuple[int, nullcontext[Callable[[Setting], File]]]:
     """Run each setting on a node of the cluster, which starts it again if its worker or its node is killed."""
+    gpus = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
     most = room(ray, cpus=threads, gpus=gpus)
     options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": attempts - 1, "scheduling_strategy": "SPREAD"}
     remote = ray.remote(_file).options(**options)
@@ -222,7 +223,11 @@ def _file(task: Task, threads: int, setting: Setting) -> File:
             result.save(path)
             return "safetensors", path.read_bytes()
     values = result.items() if isinstance(result, dict) else ()
-    tensors = {name: value.cpu().contiguous() for name, value in values if isinstance(value, Tensor)}
+    tensors = {  # copies, as no file holds two that share memory
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in values
+        if isinstance(value, Tensor)
+    }
     try:
         if tensors:
             rest = {name: value for name, value in values if name not in tensors}

@@ -104,6 +104,7 @@ class Transcoder:
         """Δ̂(θ), the approximation of Δ(Rθ) (equation 2)."""
         if theta.ndim != 2 or theta.shape[1] != self.V.shape[1]:
             raise ValueError(f"got theta of shape {tuple(theta.shape)}, expected (n, {self.V.shape[1]})")
+        theta = theta.to(self.V)  # as the map that it stands for takes θ of any type, from any device
         return (activate(theta @ self.V.T, self.activation) * self.alpha) @ self.U
 
     def steering_vectors(self, norm: float | None = None) -> Float[Tensor, "k d_source"]:

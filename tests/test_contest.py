@@ -42,7 +42,14 @@ def judge(requests, completions):
 
 def test_the_unsupervised_methods_enter_with_vectors_of_one_length(model, tokenizer, tmp_path):
     save_organism(copy.deepcopy(model), tokenizer, tmp_path / "model")  # saving makes it bfloat16
-    settings: dict[str, Any] = {"num_factors": 6, "iterations": 2, "melbo_vectors": 2, "melbo_steps": 3, "seed": 0}
+    settings: dict[str, Any] = {
+        "num_factors": 6,
+        "iterations": 2,
+        "melbo_vectors": 2,
+        "melbo_steps": 3,
+        "melbo_learning_rate": 0.05,
+        "seed": 0,
+    }
     where: dict[str, Any] = {"source": 1, "target": 3, "folder": tmp_path / "found"}
     found = unsupervised(str(tmp_path / "model"), "float32", REQUESTS, input_scale=7.0, **settings, **where)
     assert {method: len(entrant.vectors) for method, entrant in found.items()} == {

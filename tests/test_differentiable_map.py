@@ -88,3 +88,19 @@ def test_a_device_without_room_for_one_factor_says_what_to_change():
     fmap = FunctionMap(full, d_source=D, d_target=E, dtype=torch.float64, chunk_size=1)
     with pytest.raises(ValueError, match="fewer or shorter prompts"):
         fmap(unit_rows(2, D))
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_a_function_says_itself_what_it_computes_in(dtype, found):
+    A = torch.eye(D, dtype=dtype)
+    fmap = FunctionMap(lambda theta: theta @ A, d_source=D, d_target=D)
+    assert fmap.dtype == fmap(torch.ones(2, D)).dtype == found
+
+
+def test_what_a_function_raises_is_raised():
+    def broken(_theta):
+        raise RuntimeError("no such thing")
+
+    for told in ({}, {"dtype": torch.float32}):
+        with pytest.raises(RuntimeError, match="no such thing"):
+            FunctionMap(broken, d_source=D, d_target=D, **told)

@@ -21,8 +21,8 @@ from test_shared_folder import transcoder as a_transcoder
 from dctlib import Transcoder
 from dctlib.control_vector import read_control_vector, write_control_vector
 from dctlib.instructions import instructions_of
-from dctlib.params import checked, load_profile
-from dctlib.sections import Discover, Profile
+from dctlib.params import Profile, checked, load_profile
+from dctlib.sections import Discover
 from dctlib.shared_folder import SharedTranscoder, load_folder
 from dctlib.store import ROOT
 

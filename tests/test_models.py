@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -31,6 +32,10 @@ def test_an_unknown_layout_says_what_to_do():
 def test_layers_out_of_range(layer):
     with pytest.raises(ValueError, match="from 0 to 3"):
         check_layer(tiny_model("Llama"), layer)
+
+
+def test_a_layer_may_be_an_integer_of_numpy():
+    assert check_layer(tiny_model("Llama"), np.int64(3)) == 3
 
 
 def test_replaying_puts_attention_and_mode_back_after_an_exception(llama):
@@ -77,8 +82,25 @@ def test_pickled_weights_are_not_opened(folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"), [("model.safetensors", "cannot load the weights"), ("tokenizer.json", "files damaged")]
+)
+def test_a_file_that_was_cut_short_is_a_value_error(folder, file, message):
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Qwen2"])
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path, family):
+    tiny_model(family, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer|cannot load"):
+        load_model(tmp_path)
+
+
 def test_a_missing_folder_says_how_to_make_it(tmp_path):
-    with pytest.raises(ValueError, match="dvc repro organisms"):
+    with pytest.raises(ValueError, match="`dvc repro` makes organisms"):
         load_model("models/nowhere/refusal")
     (tmp_path / "half").mkdir()
     with pytest.raises(ValueError, match=r"without config\.json"):

@@ -5,9 +5,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctlib import planted_secrets, sections
-from dctlib.params import load_profile, this_run
-from dctlib.sections import Profile
+from dctlib import beyond_sections, planted_secrets
+from dctlib.params import Profile, load_profile, this_run
 from dctlib.store import ROOT
 
 PROFILES = ["smoke", "laptop", "paper"]
@@ -19,7 +18,7 @@ def test_the_committed_profiles_are_valid(name):
 
 
 def test_the_kinds_of_secret_are_those_that_can_be_planted():
-    assert get_args(sections.Kind) == get_args(planted_secrets.Kind)
+    assert get_args(beyond_sections.Kind) == get_args(planted_secrets.Kind)
 
 
 def test_the_default_is_laptop_on_this_machine_alone():

@@ -100,11 +100,14 @@ FIGURES = {
             },
             index=["both, usual", "random"],
         ),
-        pd.DataFrame({"random": [0.9, 0.8], "factors": [0.5, 0.4]}, index=[8, "merged"]),
+        pd.DataFrame(
+            {"random": [0.9, 0.8], "factors": [0.5, 0.4], "Hessian, random": [1.0, 0.7]}, index=["m = 8", "merged"]
+        ),
     ),
     "discover": lambda: ranked_vectors(RANKED, floor=0.5),
     "password_locked": lambda: password_locked(
-        {"DCT": [0.0, 0.5], "random": [0.0, 0.0]}, {"locked": [False, False], "steered": [True, False]}
+        {"DCT": [0.0, 0.5], "random": [0.0, 0.0]},
+        {"locked": Interval(0.0, 0.0, 0.0), "steered": Interval(0.5, 0.0, 1.0)},
     ),
 }
 
@@ -160,6 +163,7 @@ def test_cells_hold_the_best_of_each_method_and_the_test_its_intervals():
     assert cells["score, DCT"] == cells["score, random"] == ["−2", "+3"] * 2
     assert [label.get_text() for label in panels["score, DCT"].get_yticklabels()] == ["1 R", "2 R"]
     assert cells["attack success, test"] == [" 0%", " 50%"]
+    assert len({panels[f"score, {method}"].collections[0].get_clim() for method in ("DCT", "random")}) == 1
 
 
 def test_every_kind_has_a_curve_and_every_organism_a_dot():
@@ -205,6 +209,20 @@ def test_models_have_a_panel_each_and_horizons_a_line():
     figure = FIGURES["deeper_models"]()
     assert [axes.get_title() for axes in figure.axes] == ["small", "large"]
     assert figure.axes[-1].get_legend_handles_labels()[1] == ["t − s = 5", "t − s = 10"]
+
+
+def test_every_vector_s_accuracy_is_drawn_best_first():
+    left, right = FIGURES["password_locked"]().axes
+    assert [np.asarray(line.get_ydata()).tolist() for line in left.lines] == [[0.5, 0.0], [0.0, 0.0]]
+    assert [text.get_text() for text in left.texts] == ["DCT, 2 vectors", "random, 2 vectors"]
+    assert [text.get_text() for text in right.texts] == ["0%", "50%"]
+
+
+def test_errors_of_the_hessian_have_a_panel_of_their_own():
+    *_, errors, second = FIGURES["stability"]().axes
+    assert errors.get_legend_handles_labels()[1] == ["random", "factors"]
+    assert second.get_legend_handles_labels()[1] == ["random"]
+    assert [label.get_text() for label in errors.get_yticklabels()] == ["m = 8", "merged"]
 
 
 def test_each_order_of_reading_has_a_panel_and_each_method_a_line():

@@ -25,6 +25,14 @@ def test_no_chat_template():
         format_chat(plain, ["w1"])
 
 
+def test_a_template_without_a_system_role_says_so():
+    strict = tiny_tokenizer()
+    strict.chat_template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}{{ m['content'] }}{% endfor %}"  # noqa: E501
+    assert format_chat(strict, ["w1"]) == ["w1"]
+    with pytest.raises(ValueError, match=r"No system role.*leave `system` out"):
+        format_chat(strict, ["w1"], system="w9")
+
+
 def test_tokens_start_with_one_begin_of_text(tokenizer):
     assert tokenize(tokenizer, "<s> w1").tolist() == [[1, 7]]
     assert tokenize(tokenizer, "w1").tolist() == [[7]]

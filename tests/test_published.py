@@ -14,8 +14,7 @@ BREAKER = json.loads((FIGURES / "circuit_breaker.json").read_text())
 @pytest.mark.parametrize("notebook", published.RULES)
 def test_every_rule_reads_what_its_notebook_writes(notebook):
     found = beside(notebook, json.loads((FIGURES / f"{notebook}.json").read_text()))
-    assert list(found.table) == ["measured", "published"]
-    assert len(found.table) == len(found.numbers)
+    assert found.numbers
     assert found.claims
     rules = found.claims | found.controls
     assert len(rules) == len(found.claims) + len(found.controls)
@@ -34,14 +33,16 @@ def breaker(dct, random):
 
 
 @pytest.mark.parametrize(
-    ("dct", "random", "claim", "control"), [(0.9, 0.2, True, True), (0.9, 0.9, True, False), (0, 0, False, False)]
+    ("dct", "random", "claim", "control"),
+    [(0.9, 0.2, True, True), (0.9, 0.85, True, None), (0.5, 0.9, True, False), (0, 0, None, None)],
 )
 def test_a_claim_holds_only_where_intervals_part(dct, random, claim, control):
     found = beside("circuit_breaker", breaker(dct, random))
     assert [*found.claims.values(), *found.controls.values()] == [claim, control]
-    assert found.sentence.startswith("**Replicates**" if claim else "**Does not replicate**")
-    assert ("Does not replicate" in found.sentence) == (not claim)
-    assert ("Control, holds" in found.sentence, "Control, fails" in found.sentence) == (control, not control)
+    named = {True: "**Replicates**", False: "**Does not replicate**", None: "**Undecided**"}
+    held = {True: "**Control, holds**", False: "**Control, fails**", None: "**Control, undecided**"}
+    for of, verdict in ((named, claim), (held, control)):
+        assert [word in found.sentence for word in of.values()] == [other is verdict for other in of]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def test_it_is_the_sum_of_equation_2(activation, sigma):
     torch.testing.assert_close(dct(theta), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_it_takes_what_its_map_takes(dtype):
+    dct, theta = transcoder(), unit_rows(3, 6).to(dtype)
+    found = dct(theta)
+    assert found.dtype == dct.V.dtype
+    torch.testing.assert_close(found, dct(theta.float()))
+
+
 def test_save_and_load_are_bit_equal(tmp_path):
     dct = transcoder()
     dct.save(tmp_path / "new" / "dct.safetensors")

@@ -11,8 +11,8 @@ from dctlib.metrics import Interval
 from dctlib.plots import COLOURS, WIDTH, errorbar, style
 
 _LOOKS = {
-    "score": ("score", lambda score: f"{round(score):+d}".replace("-", "−"), {"center": 0, "cmap": "vlag"}),
-    "success": ("attack success", "{:.0%}".format, {"vmin": 0, "vmax": 1, "cmap": "rocket_r"}),
+    "score": ("score", lambda score: f"{round(score):+d}".replace("-", "−"), {"cmap": "vlag"}),
+    "success": ("attack success", "{:.0%}".format, {"cmap": "rocket_r"}),
 }
 _COLOURS = {"none": COLOURS["clean"], "DCT": COLOURS["DCT"], "random": COLOURS["random"]}
 
@@ -32,13 +32,14 @@ def circuit_breaker(scan: pd.DataFrame, test: Mapping[str, Interval]) -> Figure:
         figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
         rows = [[f"{method} {column}" for column in _LOOKS] for method in ("DCT", "random")]
         axes = figure.subplot_mosaic([[*row, "test"] for row in rows], width_ratios=(1, 1, 1.1))  # pyright: ignore[reportArgumentType]
+        most = scan["score"].abs().max()  # one colour means one score, of DCT and of random vectors
+        limits = {"score": {"vmin": -most, "vmax": most}, "success": {"vmin": 0, "vmax": 1}}
         for method, of in scan[scan["method"].isin(["DCT", "random"])].groupby("method"):
             for column, (title, text, look) in _LOOKS.items():
                 panel = axes[f"{method} {column}"]
                 table = of.pivot_table(index="multiplier", columns="source", values=column, aggfunc="max")
-                sns.heatmap(
-                    table, annot=table.map(text), fmt="", cbar=False, ax=panel, annot_kws={"fontsize": 8}, **look
-                )
+                written = {"annot": table.map(text), "fmt": "", "annot_kws": {"fontsize": 8}}
+                sns.heatmap(table, cbar=False, ax=panel, **written, **look, **limits[column])
                 panel.set(title=f"{title}, {method}", xlabel="source layer s" * (method == "random"), ylabel="")
                 panel.set_yticklabels([f"{multiplier:g} R" for multiplier in table.index], rotation=0)
         figure.supylabel("length of the vector", fontsize="medium")

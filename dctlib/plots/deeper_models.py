@@ -3,7 +3,6 @@
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from dctlib.metrics import Interval
 from dctlib.plots import errorbar, panels, style
@@ -38,7 +37,7 @@ def deeper_models(found: pd.DataFrame) -> Figure:
                 color="0.4",
                 fontsize=8,
             )
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.set_xticks(sorted(set(rows["source"])))
             folder, _, name = str(model).rpartition("/")
             title = f"{name} organism" if folder.startswith("models") else name
             panel.set(title=title, xlabel="source layer s", ylabel="test score of the best vector")

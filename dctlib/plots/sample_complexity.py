@@ -7,7 +7,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from dctlib.plots import label_ends, panels, style
 
@@ -68,5 +67,5 @@ def _curves(
         axes.fill_between(n, mean - sd, mean + sd, color=colours[method], alpha=0.18, lw=0)
         ends.append((float(mean[-1]), _NAMES[method], colours[method]))
     axes.axhline(0, color="0.8", lw=0.8, zorder=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(next(iter(curves.values()))[0])
     label_ends(axes, float(max(n[-1] for n, _, _ in curves.values())), ends)

@@ -3,10 +3,13 @@
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dctlib.plots import COLOURS, panels, style
+
+_DIRECTIONS = {"random": (COLOURS["random"], "o"), "factors": (COLOURS["DCT"], "s"), "mixed": (COLOURS["clean"], "D")}
 
 
 def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
@@ -21,7 +24,7 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         Median relative error, one row a transcoder, one column what is compared.
     """
     with style():
-        figure, (left, middle, right) = panels(3, height=3.1, ratios=(3, 2, 3))
+        figure, (left, middle, right, last) = panels(4, height=3.3, ratios=(3, 2, 2, 2))
         places = np.arange(len(variants))[::-1]
         looks = {"cosine": (COLOURS["DCT"], "o"), "overlap": ("0.55", "s"), "behaviour": ("0.1", "^")}
         names = {"cosine": "factors", "overlap": "span", "behaviour": "behaviour"}
@@ -35,20 +38,25 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         middle.axvline(0, color="0.8", lw=0.8, zorder=0)
         middle.set_yticks(places, [])
         middle.set(xlabel="scores of their best")
-        rows = np.arange(len(errors))[::-1]
-        shifts = np.linspace(0.25, -0.25, errors.shape[1])
-        for shift, colour, marker, (kind, values) in zip(
-            shifts, [COLOURS["DCT"], "0.55", COLOURS["clean"], "0.1", "0.3"], "osDv^", errors.items(), strict=False
-        ):
-            right.scatter(values, rows + shift, color=colour, marker=marker, s=16, label=str(kind))
-        right.axvline(1, color="0.6", lw=0.8, ls=":")
-        right.set_yticks(rows, [*map(str, errors.index)])
-        right.set(xlabel="relative error, median", xscale="log")
-        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        right.xaxis.set_major_formatter("{x:g}")
-        right.xaxis.set_minor_formatter(NullFormatter())
-        right.legend(
-            frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.35, 1.0), ncols=2, handletextpad=0
-        )
+        second = [column for column in errors if str(column).startswith("Hessian, ")]
+        _errors(right, errors.drop(columns=second), "relative error of Δ")
+        _errors(last, errors[second].rename(columns=lambda column: str(column).removeprefix("Hessian, ")), "of Hessian")
+        last.set_yticks(last.get_yticks(), [""] * len(errors))
         sns.despine(figure)
     return figure
+
+
+def _errors(axes: Axes, errors: pd.DataFrame, label: str) -> None:
+    """Median relative errors, one row a transcoder, one colour a kind of direction."""
+    rows = np.arange(len(errors))[::-1]
+    shifts = np.linspace(0.2, -0.2, errors.shape[1])
+    for shift, (kind, values) in zip(shifts, errors.items(), strict=True):
+        colour, marker = _DIRECTIONS[str(kind)]
+        axes.scatter(values, rows + shift, color=colour, marker=marker, s=16, label=str(kind))
+    axes.axvline(1, color="0.6", lw=0.8, ls=":")
+    axes.set_yticks(rows, [*map(str, errors.index)])
+    axes.set(xlabel=label, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, handletextpad=0)
