@@ -32,7 +32,7 @@ class Stage:
         quiet()
 
     def folder(self, part: str) -> Path:
-        """``part/<profile>``: of ``.cache``, ``figures``, ``models`` or ``vectors``."""
+        """``part/<profile>``: of ``.cache``, ``figures``, ``models``, ``runs`` or ``vectors``."""
         return Path("..") / part / self.profile
 
     def draw(self, figure: Figure, what: str = "") -> Figure:

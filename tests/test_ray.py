@@ -103,6 +103,21 @@ def test_workers_for_which_no_node_has_room_are_named(cluster, tmp_path):
             map_fits(fails, SEEDS, folder=tmp_path, threads=threads, gpus=gpus, progress=False)
 
 
+def gpus_of(calls, seed):
+    mark(calls, seed)
+    return len(ray.get_gpu_ids())
+
+
+def test_a_task_has_a_gpu_where_the_cluster_has_any(cluster, sweep):
+    node = cluster.add_node(**SMALL, num_gpus=1)
+    cluster.wait_for_nodes()
+    try:
+        assert sweep(gpus_of, SEEDS[:2]) == [1, 1]
+        assert sweep(gpus_of, SEEDS[2:3], gpus=0) == [0]
+    finally:
+        cluster.remove_node(node)
+
+
 def test_a_node_that_is_lost_changes_no_result(cluster, sweep):
     def lose():
         until(lambda: len(workers(sweep.calls)) == 2)
