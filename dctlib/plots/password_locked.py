@@ -25,9 +25,9 @@ def password_locked(validation: Mapping[str, Sequence[float]], test: Mapping[str
         figure, (left, right) = panels(2, height=2.7, ratios=(1.2, 1))
         for label, values in validation.items():
             ranked = np.sort(np.asarray(values))[::-1]
-            left.plot(np.arange(1, len(ranked) + 1), ranked, "o-", ms=2.5, lw=1.2, color=COLOURS[label])
-            at = {"xytext": (5, 4), "textcoords": "offset points", "color": COLOURS[label]}
-            left.annotate(f"{label}, {len(ranked)} vectors", (1, ranked[0]), **at)
+            name = f"{label}, {len(ranked)} vectors"
+            left.plot(np.arange(1, len(ranked) + 1), ranked, "o-", ms=2.5, lw=1.2, color=COLOURS[label], label=name)
+        left.legend(frameon=False)
         left.set(xlabel="rank of the vector", ylabel="accuracy on validation questions", ylim=(-0.03, 1.05))
         left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         for place, (label, mean) in enumerate(test.items()):

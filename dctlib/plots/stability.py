@@ -41,6 +41,8 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         second = [column for column in errors if str(column).startswith("Hessian, ")]
         _errors(right, errors.drop(columns=second), "relative error of Δ")
         _errors(last, errors[second].rename(columns=lambda column: str(column).removeprefix("Hessian, ")), "of Hessian")
+        for panel in (right, last):
+            panel.set_xlim(0.8 * errors.min(axis=None), 1.25 * errors.max(axis=None))
         last.set_yticks(last.get_yticks(), [""] * len(errors))
         sns.despine(figure)
     return figure
