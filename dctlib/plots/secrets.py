@@ -33,7 +33,7 @@ def planted(losses: Mapping[str, Sequence[float]], rates: Mapping[str, Mapping[s
             steps = np.arange(1, curves.shape[1] + 1)
             left.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.12, lw=0)
             left.plot(steps, curves.mean(0), color=colour, lw=1.5, label=f"{kind} ({len(of)})")
-            apart = np.linspace(-0.05, 0.05, len(of)) + 0.2 * (column - (len(kinds) - 1) / 2)
+            apart = np.linspace(-0.04, 0.04, len(of)) + 0.7 / len(kinds) * (column - (len(kinds) - 1) / 2)
             for place, where in enumerate(_WHERE):
                 said = [rates[name][where] for name in of]
                 right.scatter(place + apart, said, s=12, alpha=0.7, color=colour, linewidths=0)

@@ -1,0 +1,65 @@
+"""What the README says was measured is what the recorded files say."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from dctlib.published import RULES, beside
+from dctlib.store import ROOT
+
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("*", "").split())
+
+
+def recorded(stem):
+    return json.loads((ROOT / "figures" / "laptop" / f"{stem}.json").read_text())
+
+
+def percent(rate):
+    return f"{100 * rate:.0f} %"
+
+
+def verdicts():
+    found = Counter(holds for stem in RULES for holds in beside(stem, recorded(stem)).claims.values())
+    yield f"Of the post's {found.total()} claims {found[True]} replicate on it, {found[False]} do not"
+    yield f"and {found[None]} stay undecided"
+    assert (
+        beside("circuit_breaker", recorded("circuit_breaker")).controls["random vectors get past it less often"] is None
+    )
+
+
+def baselines():
+    methods = recorded("baselines")["methods"]
+    ours, theirs = methods["DCT"], methods["power steering"]
+    yield f"{percent(theirs['first'])} of the requests answered with its first vector and DCT {percent(ours['first'])}"
+    yield f"with eight tries it is {percent(theirs['one_of_k'])} against {percent(ours['one_of_k'])}"
+
+
+def auditing():
+    audit = recorded("auditing")
+    last, of = f"fluent, k = {audit['num_factors']}", audit["methods"]
+    found = {name: round(each[last] * audit["organisms"]) for name, each in of.items()}
+    yield (
+        f"of {audit['organisms']} planted secrets a blind audit by DCT finds {found['DCT, n = 4']} from four prompts "
+        f"and {found['DCT, n = 1']} from one, by power steering {found['power steering']}, by random vectors "
+        f"{found['random']} and by sampling {found['sampling']}"
+    )
+    yield f"false alarms: {percent(max(each['false alarms'] for each in of.values()))}"
+
+
+def anomaly():
+    decoys = [row for row in recorded("anomaly")["planted"] if row["contrast"] == "trigger against decoy"]
+    along, without = ([row["mean"] for row in decoys if ("factors" in row["detector"]) is own] for own in (True, False))
+    yield f"with an AUROC of {max(along):.2f}, the best without a transcoder with {max(without):.2f}"
+
+
+def stability():
+    pairs = recorded("stability")["variants"]
+    usual, chance = pairs["both, usual"]["cosine"], pairs["random"]["cosine"]
+    yield f"(mean cosine {usual:.2f}, of random vectors {chance:.2f})"
+
+
+@pytest.mark.parametrize("said", [verdicts, baselines, auditing, anomaly, stability], ids=lambda said: said.__name__)
+def test_numbers_are_those_of_the_recorded_files(said):
+    for sentence in said():
+        assert sentence in README
