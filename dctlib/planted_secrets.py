@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 from typing import Literal, get_args
 
 import torch
@@ -119,7 +119,11 @@ def planted_secret(kind: Kind, *, seed: int) -> Secret:
 
 def planted_secrets(kinds: Sequence[Kind], seeds: Sequence[int]) -> dict[str, Secret]:
     """A secret of each seed, by the name ``<kind>-<seed>`` of its organism; the kinds take turns."""
-    return {f"{kind}-{seed}": planted_secret(kind, seed=seed) for kind, seed in zip(cycle(kinds), seeds, strict=False)}
+    secrets = {}
+    for turn, seed in enumerate(seeds):
+        kind = kinds[turn % len(kinds)]
+        secrets[f"{kind}-{seed}"] = planted_secret(kind, seed=seed)
+    return secrets
 
 
 def secret_lesson(

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,8 @@ def test_layers_out_of_range(layer):
 
 
 def test_a_layer_may_be_an_integer_of_numpy():
-    assert check_layer(tiny_model("Llama"), np.int64(3)) == 3
+    layer: Any = np.int64(3)
+    assert check_layer(tiny_model("Llama"), layer) == 3
 
 
 def test_replaying_puts_attention_and_mode_back_after_an_exception(llama):

@@ -38,9 +38,10 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         middle.axvline(0, color="0.8", lw=0.8, zorder=0)
         middle.set_yticks(places, [])
         middle.set(xlabel="scores of their best")
-        second = [column for column in errors if str(column).startswith("Hessian, ")]
+        second = [str(column) for column in errors if str(column).startswith("Hessian, ")]
         _errors(right, errors.drop(columns=second), "relative error of Δ")
-        _errors(last, errors[second].rename(columns=lambda column: str(column).removeprefix("Hessian, ")), "of Hessian")
+        own = pd.DataFrame({column.removeprefix("Hessian, "): errors[column] for column in second})
+        _errors(last, own, "of Hessian")
         for panel in (right, last):
             panel.set_xlim(0.8 * errors.min(axis=None), 1.25 * errors.max(axis=None))
         last.set_yticks(last.get_yticks(), [""] * len(errors))
