@@ -61,7 +61,7 @@ def discover(
             help="exponential, the post's best; quadratic; or linear, exact: a backward pass for each coordinate of "
             "the residual stream, however few factors."
         ),
-    ] = ("exponential"),
+    ] = "exponential",
     num_factors: Annotated[int, typer.Option(help="Width m of the fit: the more, the rarer what it finds.")] = 64,
     iterations: Annotated[int, typer.Option(help="Of the fit.")] = 10,
     nonlinearity: Annotated[
