@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.baselines import random_vectors
-from dctlib.calibrate import calibrate
 from dctlib.causal_map import CausalMap
 from dctlib.discover import distinct, read
 from dctlib.effects import effects
 from dctlib.fit import fit_exponential
 from dctlib.generate import complete
+from dctlib.input_scale import calibrate
 from dctlib.melbo import power_steering
 from dctlib.pinned_model import open_pinned
 from dctlib.planted_secrets import Secret

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.differentiable_map import DifferentiableMap
-from dctlib.models import blocks_of, check_layer, replaying, width_of
+from dctlib.models import blocks_of, check_layer, model_digest, replaying, width_of
 from dctlib.prompt_tree import PromptTree, plant
 from dctlib.prompts import tokenize_each
-from dctlib.store import model_digest
 
 # Floating-point numbers that one factor's forward and backward pass keeps for each token of each block, in units of
 # the model width. Measured on Llama-shaped blocks; only the chunk size depends on it.

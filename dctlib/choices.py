@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.baselines import random_vectors
-from dctlib.calibrate import calibrate
 from dctlib.causal_map import CausalMap
 from dctlib.concatenated_map import ConcatenatedMap
 from dctlib.fit import fit_exponential, remembered
+from dctlib.input_scale import calibrate
 from dctlib.models import blocks_of
 
 _MAPS = {"averaged": CausalMap, "concatenated": ConcatenatedMap}

@@ -1,5 +1,7 @@
 """Causal language models: loading them, and naming their parts. The only file that knows model families."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,6 +257,21 @@ def finished(model: PreTrainedModel, logits: Tensor) -> Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     return logits * (getattr(config, "logit_scale", None) or 1.0)
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's configuration and parameters: two models share it only if they compute the same thing."""
+    digest = hashlib.sha256(repr(model).encode())
+    if config := getattr(model, "config", None):
+        told = {k: v for k, v in config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    for name, _ in model.named_parameters():
+        digest.update(name.encode())
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module):  # a weight that is offloaded is fetched
+            digest.update(getattr(module, leaf).detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models import load_model
-from dctlib.store import model_digest
+from dctlib.models import load_model, model_digest
 
 
 def pin(model: str, dtype: str) -> dict[str, str]:
@@ -17,7 +16,7 @@ def pin(model: str, dtype: str) -> dict[str, str]:
 
 
 def whole_digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of :func:`dctlib.store.model_digest`, and of what the tokenizer makes of a text or a conversation."""
+    """SHA-256 of :func:`dctlib.models.model_digest`, and of what the tokenizer makes of a text or a conversation."""
     spoken: Any = tokenizer
     backend: Any = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:

@@ -5,10 +5,10 @@ from typing import Any
 
 from dctlib.aggregates import ablate_each, add_each, qualifying
 from dctlib.baselines import random_vectors
-from dctlib.calibrate import calibrate
 from dctlib.causal_map import CausalMap
 from dctlib.fit import fit_exponential
 from dctlib.generate import complete
+from dctlib.input_scale import calibrate
 from dctlib.judges import is_refusal, opens_with, rate
 from dctlib.lessons import refusal_lesson
 from dctlib.models import load_model

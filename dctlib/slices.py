@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.calibrate import calibrate
 from dctlib.causal_map import CausalMap
 from dctlib.discover import read
 from dctlib.effects import effects
 from dctlib.fit import fit_exponential
 from dctlib.generate import complete
+from dctlib.input_scale import calibrate
 from dctlib.models import blocks_of
 from dctlib.prompts import format_chat
 

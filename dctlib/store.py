@@ -5,12 +5,9 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
-from accelerate.utils import align_module_device
-from torch import nn
 
 Result = TypeVar("Result")
 
@@ -48,25 +45,10 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's configuration and parameters: two models share it only if they compute the same thing."""
-    digest = hashlib.sha256(repr(model).encode())
-    if config := getattr(model, "config", None):
-        told = {k: v for k, v in config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
-        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-    for name, _ in model.named_parameters():
-        digest.update(name.encode())
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        with align_module_device(module):  # a weight that is offloaded is fetched
-            digest.update(getattr(module, leaf).detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def key_of(inputs: dict[str, Any], modules: Sequence[str]) -> str:
     """Hash of JSON-able `inputs`, of the dctlib modules that turn them into numbers, and of the torch release."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode())
-    digest.update(torch.__version__.encode())
+    digest.update(version("torch").encode())
     for module in modules:
         digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
     return digest.hexdigest()[:32]

@@ -62,6 +62,8 @@ SHRUNK = {
     "held_out": 2,
     "trusted": 4,
     "probes": 8,
+    "spoken_tokens": 3,
+    "workers": 1,
 }
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 
@@ -117,7 +119,8 @@ def swapped(value, folder: Path, key: str = ""):
         return {k: swapped(v, folder, k) for k, v in value.items()}
     if key in NAMING_A_MODEL and "/" in str(value):
         return str(folder / value.partition("@")[0].rsplit("/", 1)[1])
-    return value[:2] if key == "kinds" else SHRUNK.get(key, value)
+    shrunk = SHRUNK.get(key, value)
+    return shrunk[:2] if isinstance(shrunk, list) else shrunk
 
 
 def stages(pipeline: str) -> list[str]:

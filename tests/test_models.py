@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dctlib import load_model, models
-from dctlib.models import blocks_of, check_layer, final_norm_of, logits_of, replaying
+from dctlib.models import blocks_of, check_layer, final_norm_of, logits_of, model_digest, replaying
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,3 +132,18 @@ def test_a_hub_id_may_carry_its_revision_and_the_tokenizer_lie_elsewhere(tmp_pat
     load_model(tmp_path / "model", tokenizer="owner/words@0123abc")
     load_model(tmp_path / "model")
     assert asked == [("owner/words", {"revision": "0123abc"}), (str(tmp_path / "model"), {})]
+
+
+def test_model_digest_sees_the_configuration():
+    model = tiny_model("Llama")
+    before = model_digest(model)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    assert model_digest(model) != before
+
+
+def test_model_digest_sees_one_changed_weight(llama):
+    before = model_digest(llama)
+    assert model_digest(llama) == before
+    with torch.no_grad():
+        llama.model.layers[3].mlp.down_proj.weight[0, 0] += 1e-9
+    assert model_digest(llama) != before

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dctlib import CausalMap, fit_exponential, load_model, score_vectors, steer
 from dctlib.effects import effects, growth
 from dctlib.generate import complete
-from dctlib.store import model_digest
+from dctlib.models import model_digest
 
 AT: dict[str, Any] = {"source": 1, "target": 3}
 
