@@ -30,26 +30,30 @@ lint: $(READY)
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first), and inputs of properties
-# that are new every time, 10,000 a loader.
+# For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first), inputs of properties that
+# are new every time, 10,000 a loader, and every stage under DVC.
 test-all: test
+	$(MAKE) smoke
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow" --hypothesis-profile=default
 
-# The whole pipeline at smoke size, in a copy of this tree, so that neither params/run.yaml nor dvc.lock here changes.
+# The pipeline at smoke size, whole or up to STAGES, in a copy of this tree, so that neither params/run.yaml nor dvc.lock
+# here changes.
 smoke: $(READY)
 	rm -rf $(SMOKE) && mkdir -p $(SMOKE)
 	git ls-files -z --cached --others --exclude-standard | xargs -0 -I{} sh -c 'test -e "{}" && echo "{}"' | tar -cf - -T - | tar -xf - -C $(SMOKE)
 	for kept in data models/smollm2-135m-instruct .cache; do if [ -d $$kept ]; then mkdir -p $$(dirname $(SMOKE)/$$kept) && cp -al $$kept $(SMOKE)/$$kept; fi; done
 	echo "profile: smoke" > $(SMOKE)/params/run.yaml
 	git -C $(SMOKE) init --quiet
-	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && dvc repro && dvc repro | grep -q "up to date"
+	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && dvc repro $(STAGES) && dvc repro $(STAGES) | grep -q "up to date"
 
-# The secrets first, which two others open. Then two notebooks at a time, a thread each: at this size, starting kernels
-# and drawing figures is most of it.
+# DVC runs the notebooks whose models and vectors others open, and nbval all of them; either document wants every number
+# and figure that they leave. The secrets first, which two others open. Then two notebooks at a time, a thread each: at
+# this size, starting kernels and drawing figures is most of it.
+nbval: STAGES := multiplicity rerouted locked
 nbval: smoke
 	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && $(NBVAL) notebooks/secrets.ipynb \
 		&& OMP_NUM_THREADS=1 $(NBVAL) --numprocesses 2 --dist loadfile notebooks --ignore=notebooks/secrets.ipynb
-	cd $(SMOKE) && PYTHONPATH="$$PWD" $(BIN)/python -m dctlib writeup --document beyond
+	cd $(SMOKE) && export PYTHONPATH="$$PWD" && $(BIN)/python -m dctlib writeup && $(BIN)/python -m dctlib writeup --document beyond
 
 bench: $(READY)
 	PYTHONPATH="$$PWD" $(BIN)/python benchmarks/bench.py
@@ -63,7 +67,7 @@ notebook: $(READY)
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dctlib needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.lock
+	grep -v '^#' requirements.lock | xargs -n 60 -P 2 $(BIN)/python -m pip install --quiet --no-compile --no-deps
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(READY)
 

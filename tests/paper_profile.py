@@ -83,7 +83,7 @@ def tiny_tokenizer(kind: str, chat: bool) -> PreTrainedTokenizerFast:
         alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     special = ["<pad>", "<s>", "</s>", *(alphabet if kind != "bytes" else [])]
     trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
-        vocab_size=900, special_tokens=special, initial_alphabet=alphabet if kind == "bytes" else []
+        vocab_size=4000, special_tokens=special, initial_alphabet=alphabet if kind == "bytes" else []
     )
     core.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -97,9 +97,9 @@ def tiny_model(architecture: str, vocabulary: int):
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=26,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
