@@ -11,7 +11,7 @@ NBVAL := pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=120
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro beyond test test-all lint unit smoke nbval bench docs notebook lock clean help
+.PHONY: repro beyond test test-all audit lint unit smoke nbval bench docs notebook lock clean help
 
 repro: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro
@@ -30,10 +30,11 @@ lint: $(READY)
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# For the night: what CI leaves out, a real Ray cluster (`pip install 'dctlib[ray]'` first), inputs of properties that
-# are new every time, 10,000 a loader, and every stage under DVC.
+# For the night: what CI leaves out, a real Ray cluster, inputs of properties that are new every time, 10,000 a loader,
+# and every stage under DVC.
 test-all: test
 	$(MAKE) smoke
+	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable '.[ray]'
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow" --hypothesis-profile=default
 
 # The pipeline at smoke size, whole or up to STAGES, in a copy of this tree, so that neither params/run.yaml nor dvc.lock
@@ -54,6 +55,11 @@ nbval: smoke
 	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && $(NBVAL) notebooks/secrets.ipynb \
 		&& OMP_NUM_THREADS=1 $(NBVAL) --numprocesses 2 --dist loadfile notebooks --ignore=notebooks/secrets.ipynb
 	cd $(SMOKE) && export PYTHONPATH="$$PWD" && $(BIN)/python -m dctlib writeup && $(BIN)/python -m dctlib writeup --document beyond
+
+# Asks the index for known weaknesses of what the lock names; it needs the network.
+audit:
+	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 bench: $(READY)
 	PYTHONPATH="$$PWD" $(BIN)/python benchmarks/bench.py
@@ -84,6 +90,7 @@ clean:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-all   that, and what takes too long for CI: Ray, 10,000 inputs a loader"
+	@echo "make audit   known weaknesses of the locked packages, from the index"
 	@echo "make smoke   the whole pipeline at smoke size, in build/smoke"
 	@echo "make bench   what the engine costs here, into benchmarks/results/"
 	@echo "make docs    the API reference, into build/docs/"

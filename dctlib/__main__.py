@@ -126,7 +126,7 @@ def main() -> None:
     """Run the command line; what the user can mend is one line, not a traceback."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk
         sys.exit(f"error: {error}")
 
 

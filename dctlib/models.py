@@ -66,7 +66,7 @@ def load_model(
     spoken = _tokenizer(*_located(tokenizer)) if tokenizer else _tokenizer(source, revision)
     options = {"dtype": _dtype(dtype, device), "use_safetensors": True, **revision, **spread}  # nothing pickled
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"cannot load the weights of {source!r} from safetensors, the only format read: {error}"
@@ -101,7 +101,7 @@ def _local_folder(name: str | Path) -> Path | None:
 
 def _tokenizer(source: str, revision: dict[str, str]) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
     except OSError as error:
         raise ValueError(
             f"cannot load {source!r}: not a name that dctlib pins ({', '.join(assets.MODELS)}), not a local model "
@@ -241,6 +241,11 @@ def logits_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
     -------
     Tensor, (..., k)
         Float32, with the family's soft cap or scale applied, so equal to the model's own logits.
+
+    Raises
+    ------
+    ValueError
+        If one is not finite.
     """
     head: Any = model.get_output_embeddings()
     hidden = final_norm_of(model)(hidden)
@@ -248,7 +253,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
         rows, bias = tokens.to(head.weight.device), getattr(head, "bias", None)
         weight = head.weight[rows].to(hidden.device)
         bias = None if bias is None else bias[rows].to(hidden.device)
-    return finished(model, nn.functional.linear(hidden, weight, bias))
+    return finite(finished(model, nn.functional.linear(hidden, weight, bias)))
 
 
 def finished(model: PreTrainedModel, logits: Tensor) -> Tensor:
@@ -257,6 +262,16 @@ def finished(model: PreTrainedModel, logits: Tensor) -> Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     return logits * (getattr(config, "logit_scale", None) or 1.0)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Return `logits`, or raise ValueError if one is NaN or infinite: it would be ranked before every number."""
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            "the model gave logits that are not finite: are its weights damaged, or does a block overflow? Try "
+            "dtype='float32', or shorter vectors"
+        )
+    return logits
 
 
 def model_digest(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.lessons import Lesson
 from dctlib.models import load_model, native_dtype
 from dctlib.pinned_model import whole_digest
-from dctlib.store import key_of, whole, write_json
+from dctlib.store import key_of, sha256, whole, write_json
 
 _CHECKPOINT_EVERY = 20
 _SOURCES = (
@@ -60,7 +61,8 @@ def make_organism(
     Parameters
     ----------
     folder : path
-        For the organism. Its ``training.json`` records what it was made from, and the losses.
+        For the organism. Its ``training.json`` records what it was made from, the losses, and its weights' SHA-256:
+        one that is there already is taken only if they are still these.
     base : str or path
         What :func:`dctlib.load_model` takes.
     lesson : callable
@@ -78,7 +80,9 @@ def make_organism(
     key = key_of({"base": whole_digest(model, tokenizer), **taught_by, **settings, **training}, _SOURCES)
     record = folder / "training.json"
     if record.is_file() and (made := json.loads(record.read_text(encoding="utf-8")))["key"] == key:
-        return Training(made["losses"], made["seconds"])
+        if made["weights"] == _sums(folder):
+            return Training(made["losses"], made["seconds"])
+        warnings.warn(f"the weights in {folder} are damaged; training it again", stacklevel=2)
     started = time.perf_counter()
     taught = lesson(model, tokenizer, **settings)
     checkpoint = folder.with_name(f"{folder.name}.{key}.training")
@@ -88,7 +92,7 @@ def make_organism(
     made = Training(losses, time.perf_counter() - started)
     with whole(folder) as partial:
         save_organism(model, tokenizer, partial)
-        write_json(partial / "training.json", {"key": key, **asdict(made)})
+        write_json(partial / "training.json", {"key": key, "weights": _sums(partial), **asdict(made)})
     checkpoint.unlink(missing_ok=True)
     return made
 
@@ -125,7 +129,7 @@ def train_lora(
     weights = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     _draw_lora(weights, seed)
     optimiser = torch.optim.AdamW(weights.values(), lr=learning_rate, weight_decay=0.0)
-    losses = _resume(checkpoint, weights, optimiser) if checkpoint.exists() else []
+    losses = _resume(checkpoint, weights, optimiser)
     model.train()
     device = model.device.type
     bar = tqdm(
@@ -149,6 +153,11 @@ def train_lora(
             _checkpoint(checkpoint, weights, optimiser, losses)
     merged: Any = wrapped.merge_and_unload()
     return merged.eval().requires_grad_(False), losses
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights."""
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def save_organism(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -194,7 +203,15 @@ def _checkpoint(
 
 
 def _resume(path: Path, weights: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> list[float]:
-    with safe_open(path, framework="pt") as file, torch.no_grad():
+    """Put the state of `path` back, and give the losses so far: none if there is no such file, or a damaged one."""
+    try:
+        opened = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        return []
+    except SafetensorError as error:
+        warnings.warn(f"{path} is damaged ({error}); training from the start", stacklevel=3)
+        return []
+    with opened as file, torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(file.get_tensor(f"weight.{name}"))
             kinds = ("step", "exp_avg", "exp_avg_sq")

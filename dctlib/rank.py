@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.causal_map import capture, replay
-from dctlib.models import blocks_of, check_layer, logits_of, replaying, width_of
+from dctlib.models import blocks_of, check_layer, finite, logits_of, replaying, width_of
 from dctlib.prompt_tree import PromptTree, plant
 from dctlib.prompts import tokenize_each
 
@@ -77,9 +77,11 @@ def choose_and_test(
     validation: Sequence[str],
     test: Sequence[str],
     layer: int,
+    positive: str = "Sure",
+    negative: str = "Sorry",
     progress: bool = True,
 ) -> Trial:
-    """Rank every set of `candidates` on `validation` by "Sure" over "Sorry" and score the best of each on `test`.
+    """Rank every set of `candidates` on `validation`, as :func:`score_each` does, and score the best of each on `test`.
 
     Raises
     ------
@@ -90,7 +92,8 @@ def choose_and_test(
         raise ValueError(f"{len(shared)} texts are in both validation and test; split() makes disjoint sets")
     candidates = {label: vectors.cpu() for label, vectors in candidates.items()}
     everything = torch.cat(list(candidates.values()))  # at once: each prompt's prefix is run once
-    scored = score_each(model, tokenizer, validation, everything, layer=layer, progress=progress)
+    options: Any = {"layer": layer, "positive": positive, "negative": negative, "progress": progress}
+    scored = score_each(model, tokenizer, validation, everything, **options)
     sizes = [len(vectors) for vectors in candidates.values()]
     parts = zip(candidates, scored.difference.split(sizes), scored.said.split(sizes), strict=True)
     ranked = {label: Scores(difference, said) for label, difference, said in parts}
@@ -98,7 +101,7 @@ def choose_and_test(
     for label, scores in ranked.items():
         best[label] = candidates[label][scores.best()]
         best[f"{label}, score alone"] = candidates[label][scores.best(say=0)]
-    tested = score_each(model, tokenizer, test, torch.stack(list(best.values())), layer=layer, progress=progress)
+    tested = score_each(model, tokenizer, test, torch.stack(list(best.values())), **options)
     return Trial(ranked, best, dict(zip(best, tested.difference.tolist(), strict=True)))
 
 
@@ -190,7 +193,7 @@ def score_texts(
             last = torch.stack([path[-1] for path in tree.paths]).to(model.device)
             logits = run(**tree.arguments(model), use_cache=False, logits_to_keep=last).logits[0][:, words].float()
             scores.append(logits[:, 0] - logits[:, 1])
-    return torch.cat(scores).cpu()
+    return finite(torch.cat(scores).cpu())
 
 
 def _trees(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[PromptTree]:

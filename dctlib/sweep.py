@@ -198,15 +198,21 @@ def _on_cluster(
     gpus = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
     most = room(ray, cpus=threads, gpus=gpus)
     options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": attempts - 1, "scheduling_strategy": "SPREAD"}
-    remote = ray.remote(_file).options(**options)
+    remote = ray.remote(_file_from).options(**options)
 
     def run(setting: Setting) -> File:
         try:
-            return answer(ray, remote.remote(task, threads, setting))
+            return answer(ray, remote.remote(Path.cwd(), task, threads, setting))
         except ray.exceptions.RayError as error:
             raise RuntimeError(_killed(task, setting, attempts)) from error
 
     return workers or most, nullcontext(run)
+
+
+def _file_from(folder: Path, *call: Any) -> File:
+    """:func:`_file` in the driver's working directory, where its relative paths lead: a node's own is another one."""
+    os.chdir(folder)
+    return _file(*call)
 
 
 def _file(task: Task, threads: int, setting: Setting) -> File:

@@ -17,10 +17,12 @@ from dctlib import (
     format_chat,
     score_vectors,
 )
+from dctlib.effects import effects
 from dctlib.fit import remembered
 from dctlib.generate import complete
 from dctlib.instructions import instructions_of
 from dctlib.planted import planted_map
+from dctlib.rank import score_texts
 
 D = 32
 
@@ -39,6 +41,15 @@ def test_what_lies_above_the_slice_does_not_matter(llama, tokenizer, texts):
     expected = CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)(unit_rows(2, D))
     llama.model.layers[3].self_attn.o_proj.weight[0, 0] = float("nan")
     assert torch.equal(CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)(unit_rows(2, D)), expected)
+
+
+def test_but_no_score_is_read_from_it(llama, tokenizer, texts):
+    llama.model.layers[3].self_attn.o_proj.weight[0, 0] = float("nan")
+    for score in (score_vectors, effects):
+        with pytest.raises(ValueError, match="not finite"):
+            score(llama, tokenizer, texts, unit_rows(2, D), layer=1, progress=False)
+    with pytest.raises(ValueError, match="not finite"):
+        score_texts(llama, tokenizer, texts)
 
 
 def broken(function):

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,17 @@ def test_a_file_that_was_cut_short_is_a_value_error(folder, file, message):
         load_model(folder)
 
 
+def test_code_in_a_folder_is_not_run_whatever_is_answered(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks where it was not told
+    (folder / "theirs.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    theirs = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "theirs", "auto_map": theirs}))
+    with pytest.raises(ValueError, match="custom code"):
+        load_model(folder)
+    assert not (folder / "ran").exists()
+
+
 @pytest.mark.parametrize("family", ["GPT2", "Qwen2"])
 def test_a_folder_without_its_tokenizer_is_refused(tmp_path, family):
     tiny_model(family, dtype=torch.float32).save_pretrained(tmp_path)
@@ -131,7 +143,8 @@ def test_a_hub_id_may_carry_its_revision_and_the_tokenizer_lie_elsewhere(tmp_pat
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", from_pretrained)
     load_model(tmp_path / "model", tokenizer="owner/words@0123abc")
     load_model(tmp_path / "model")
-    assert asked == [("owner/words", {"revision": "0123abc"}), (str(tmp_path / "model"), {})]
+    safe = {"trust_remote_code": False}
+    assert asked == [("owner/words", {"revision": "0123abc", **safe}), (str(tmp_path / "model"), safe)]
 
 
 def test_model_digest_sees_the_configuration():

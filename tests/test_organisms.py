@@ -103,6 +103,36 @@ def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_pat
     assert made[-1] == "otherwise"
 
 
+def test_a_damaged_organism_is_trained_again(tmp_path, tokenizer):
+    base, folder = tmp_path / "base", tmp_path / "organism"
+    save_organism(tiny_model("Llama"), tokenizer, base)
+
+    def taught(model, tokenizer):
+        return lesson(tokenizer, 2)
+
+    def make():
+        return make_organism(folder, base, taught, {}, rank=4, learning_rate=5e-3, seed=0, progress=False)
+
+    make()
+    weights = folder / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="weights in .*organism are damaged; training it again"):
+        make()
+    assert weights.read_bytes() == sound
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path, tokenizer):
+    taught = lesson(tokenizer, 3)
+    sound, losses = train(tmp_path / "run", taught)
+    content = (tmp_path / "run").read_bytes()
+    (tmp_path / "run").write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match="run is damaged .* training from the start"):
+        again, as_before = train(tmp_path / "run", taught)
+    assert as_before == losses
+    assert all(torch.equal(a, b) for a, b in zip(sound.parameters(), again.parameters(), strict=True))
+
+
 def test_the_gate_names_what_falls_short():
     check_organism("refusal", {"refuses": 0.9, "helps": 1.0})
     check_organism("refusal", {"refuses": 0.2}, least=0.1)

@@ -69,6 +69,14 @@ def test_a_trial_ranks_on_validation_and_reports_on_test(llama, tokenizer, texts
     assert trial.test["clean"] != trial.test["DCT"]
 
 
+def test_a_trial_takes_other_words(llama, tokenizer, texts):
+    candidates, words = {"DCT": 3 * unit_rows(3, D)}, {"positive": "w1", "negative": "w2"}
+    options = {"validation": texts[:2], "test": texts[2:], "layer": 2, "progress": False}
+    trial = choose_and_test(llama, tokenizer, candidates, **options, **words)
+    clean = score_texts(llama, tokenizer, texts[2:], **words)
+    torch.testing.assert_close(torch.tensor(trial.test["clean"]), clean, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_ranked_on_what_is_reported(llama, tokenizer, texts):
     with pytest.raises(ValueError, match="1 texts are in both"):
         choose_and_test(llama, tokenizer, {"DCT": unit_rows(2, D)}, validation=texts, test=texts[:1], layer=1)

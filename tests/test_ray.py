@@ -91,6 +91,15 @@ def test_a_task_that_kills_each_worker_is_named(sweep):
     assert calls_of(sweep) == ["0", "_1", "_1"]
 
 
+def where(calls, seed):
+    return str(Path.cwd())
+
+
+def test_relative_paths_lead_where_they_do_here(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the nodes were started elsewhere
+    assert sweep(where, SEEDS) == [str(tmp_path)] * 4
+
+
 def test_what_a_task_raises_is_raised_here(cluster, tmp_path):
     with pytest.raises(KeyError, match="no such seed") as raised:
         map_fits(fails, SEEDS[:2], folder=tmp_path, progress=False)
@@ -187,6 +196,14 @@ def test_fits_take_it_for_the_map_in_one_process(maps, tmp_path):
     sharded, alone = maps
     kept = remembered(tmp_path, fit_linear, sharded, num_factors=2)
     assert torch.equal(remembered(tmp_path, fit_linear, alone, num_factors=2).V, kept.V)
+
+
+def test_a_shard_holds_only_the_blocks_of_its_slice(maps):
+    def devices(shard):
+        return [next(block.parameters()).device.type for block in shard._built[0]._model.model.layers]
+
+    for shard in maps[0]._shards:
+        assert ray.get(shard.__ray_call__.remote(devices)) == ["meta", "cpu", "cpu", "meta"]
 
 
 def test_shapes_are_checked_as_ever(maps):
