@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,7 @@ def sweep(cluster, tmp_path):
 def on_both_nodes(calls, seed):
     """Wait until tasks run in two processes: on nodes of one CPU, so on both nodes."""
     mark(calls, seed)
-    while len(workers(calls)) < 2:
-        time.sleep(0.05)
+    until(lambda: len(workers(calls)) == 2)
     return ray.get_runtime_context().get_node_id()
 
 
