@@ -11,7 +11,6 @@ from dctlib.anomaly import auroc, mahalanobis, projected_distance
 from dctlib.baselines import random_vectors
 from dctlib.metrics import Interval, interval
 
-_RESIDUAL = "residual, Mahalanobis"
 _FEWEST = 3  # organisms that an interval over organisms takes
 
 
@@ -49,7 +48,7 @@ def detectors(
     for name, rows in {"factors": directions.to(trusted), "random": floor.to(trusted)}.items():
         scores[f"{name}, distance"] = projected_distance(trusted, live, rows)
         scores[f"{name}, Mahalanobis"] = mahalanobis(trusted @ rows.T, live @ rows.T)
-    return scores | {_RESIDUAL: mahalanobis(trusted, live)}
+    return scores | {"residual, Mahalanobis": mahalanobis(trusted, live)}
 
 
 def contrasts(
@@ -89,11 +88,11 @@ def over_organisms(aurocs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*keys, "mean", "low", "high"])
 
 
-def over_residual(aurocs: pd.DataFrame) -> pd.DataFrame:
-    """How much higher the AUROC of each detector is than that of the whole residual at the same layer, organism by
-    organism: :func:`over_organisms` of the differences, so that what all detectors find hard does not count.
+def over_detector(aurocs: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """How much higher the AUROC of each detector is than that of `reference` at the same layer, organism by organism:
+    :func:`over_organisms` of the differences, so that what all detectors find hard does not count.
     """
     keys = ["organism", "end", "contrast"]
-    residual = aurocs.loc[aurocs["detector"] == _RESIDUAL, [*keys, "mean"]]
-    paired = aurocs[aurocs["detector"] != _RESIDUAL].merge(residual, on=keys, suffixes=("", "_residual"))
-    return over_organisms(paired.assign(mean=paired["mean"] - paired["mean_residual"]))
+    usual = aurocs.loc[aurocs["detector"] == reference, [*keys, "mean"]]
+    paired = aurocs[aurocs["detector"] != reference].merge(usual, on=keys, suffixes=("", "_usual"))
+    return over_organisms(paired.assign(mean=paired["mean"] - paired["mean_usual"]))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dctlib.anomaly import auroc, mahalanobis
-from dctlib.detectors import contrasts, detectors, over_organisms, over_residual
+from dctlib.detectors import contrasts, detectors, over_detector, over_organisms
 from dctlib.metrics import interval
 from dctlib.orthogonalise import orthonormal_rows
 
@@ -86,7 +86,7 @@ def test_a_gain_over_the_residual_is_taken_organism_by_organism():
         for end in ("source", "target")
         for i, value in enumerate(of)
     ]
-    found = over_residual(pd.DataFrame(rows).sample(frac=1, random_state=0))
+    found = over_detector(pd.DataFrame(rows).sample(frac=1, random_state=0), "residual, Mahalanobis")
     assert set(found["detector"]) == {"factors, distance", "random, distance"}
     gains = found.set_index(["end", "detector"])
     for end in ("source", "target"):  # what an organism adds to both cancels
