@@ -56,10 +56,10 @@ nbval: smoke
 		&& OMP_NUM_THREADS=1 $(NBVAL) --numprocesses 2 --dist loadfile notebooks --ignore=notebooks/secrets.ipynb
 	cd $(SMOKE) && export PYTHONPATH="$$PWD" && $(BIN)/python -m dctlib writeup && $(BIN)/python -m dctlib writeup --document beyond
 
-# Asks the index for known weaknesses of what the lock names; it needs the network.
+# Asks PyPI for known weaknesses of what the lock names, and fails where it cannot.
 audit:
 	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit
-	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	build/audit/bin/pip-audit --strict --requirement requirements.lock --no-deps --disable-pip
 
 bench: $(READY)
 	PYTHONPATH="$$PWD" $(BIN)/python benchmarks/bench.py
