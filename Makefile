@@ -34,7 +34,7 @@ unit: $(READY)
 # and every stage under DVC.
 test-all: test
 	$(MAKE) smoke
-	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable '.[ray]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable '.[ray]'
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow" --hypothesis-profile=default
 
 # The pipeline at smoke size, whole or up to STAGES, in a copy of this tree, so that neither params/run.yaml nor dvc.lock
