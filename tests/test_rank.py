@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model, unit_rows
@@ -71,8 +73,8 @@ def test_a_trial_ranks_on_validation_and_reports_on_test(llama, tokenizer, texts
 
 def test_a_trial_takes_other_words(llama, tokenizer, texts):
     candidates, words = {"DCT": 3 * unit_rows(3, D)}, {"positive": "w1", "negative": "w2"}
-    options = {"validation": texts[:2], "test": texts[2:], "layer": 2, "progress": False}
-    trial = choose_and_test(llama, tokenizer, candidates, **options, **words)
+    options: dict[str, Any] = {"validation": texts[:2], "test": texts[2:], "layer": 2, "progress": False, **words}
+    trial = choose_and_test(llama, tokenizer, candidates, **options)
     clean = score_texts(llama, tokenizer, texts[2:], **words)
     torch.testing.assert_close(torch.tensor(trial.test["clean"]), clean, rtol=1e-4, atol=1e-5)
 
