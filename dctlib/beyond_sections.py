@@ -12,7 +12,6 @@ from dctlib.sections import (
     Fitted,
     Layer,
     OnModel,
-    OnSlice,
     Positive,
     Refusing,
     Section,
@@ -24,9 +23,14 @@ from dctlib.sections import (
 Kind = Literal["backdoor", "persona", "language", "refusal"]
 
 
-class Baselines(OnSlice):
+class Baselines(Fitted):
     """notebooks/baselines.ipynb: does it beat what people use?"""
 
+    models: Annotated[list[str], Field(min_length=1)]
+    """The organisms that all methods are to unlock, each a folder or a name as elsewhere."""
+    dtype: Dtype
+    validation: Few
+    seed: Seed
     clean: str
     """The model that judges what is fluent."""
     bounds: Bounds
@@ -35,6 +39,10 @@ class Baselines(OnSlice):
     """Of each vector; its authors take 300."""
     melbo_learning_rate: Positive
     """About the angle, in radians, by which a vector turns in a step; theirs was near 0.01."""
+    supervised_layers: Annotated[list[Layer], Field(min_length=1)]
+    """Where directions between kinds of text are taken, of which the best on validation is added or ablated."""
+    supervised_lengths: list[Positive]
+    """In units of R; each direction is tried at its own length as well."""
     tries: Count
     """k: vectors of each method, best first on validation, whose completions are judged."""
     test: Annotated[Tested, Field(ge=4)]
@@ -42,9 +50,12 @@ class Baselines(OnSlice):
     lora_steps: Count
 
 
-class Stability(OnModel, Fitted):
+class Stability(Fitted):
     """notebooks/stability.ipynb: do other seeds and prompts find the same, and is the transcoder faithful?"""
 
+    models: Annotated[list[str], Field(min_length=1)]
+    """The organisms that every setting is fitted to, each a folder or a name as elsewhere."""
+    dtype: Dtype
     validation: Few
     seeds: Annotated[list[Seed], Field(min_length=2, max_length=2)]
     """Of the two fits of every setting."""

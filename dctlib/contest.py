@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,142 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.answers import Example, answer_loss
-from dctlib.baselines import difference_of_means
+from dctlib.causal_map import CausalMap
 from dctlib.entrants import Entrant, entrants
+from dctlib.enumeration import Curve, best_of_any, best_of_first
 from dctlib.generate import complete, complete_each
+from dctlib.input_scale import calibrate
 from dctlib.intervene import ablate, steer
-from dctlib.lessons import REFUSAL, Lesson, epochs
-from dctlib.organisms import Training, make_organism
-from dctlib.orthogonalise import normalise
-from dctlib.prompts import format_chat, tokenize_each
+from dctlib.judges import fluency, load_judge
+from dctlib.models import load_model
+from dctlib.pinned_model import open_pinned
+from dctlib.prompts import benign_split, format_chat, harmful_instructions, harmful_split, tokenize_each
 from dctlib.rank import score_each
 from dctlib.sampling import sample
+from dctlib.supervised import Addition, best_ablated, best_added, taught, told
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
 Run = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def contest(
+    model: str,
+    digest: str,
+    dtype: str,
+    *,
+    folder: str,
+    complying: str,
+    clean: str,
+    clean_digest: str,
+    bounds: dict[str, float],
+    source: int,
+    target: int,
+    nonlinearity: float,
+    fit_prompts: int,
+    validation: int,
+    test: int,
+    tries: int,
+    answer_tokens: int,
+    search: dict[str, Any],
+    layers: list[int],
+    lengths: list[float],
+    lora_steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Let all methods unlock one refusing organism, with one judge, on the same requests.
+
+    A task for :func:`dctlib.sweep.map_fits`.
+
+    Parameters
+    ----------
+    model, digest, dtype : str
+        See :func:`dctlib.pinned_model.pin`.
+    folder : str
+        Where searches are kept.
+    complying : str
+        Where the LoRA lies that is shown compliant answers, or will.
+    clean, clean_digest : str
+        The model that judges what is fluent, and its digest, which is part of a task's key.
+    bounds : dict
+        What :func:`dctlib.judges.complies` takes.
+    tries : int
+        Vectors of each method that are tried, best first on `validation` requests.
+    search : dict
+        What :func:`unsupervised` takes of methods.
+    layers, lengths : list
+        Where supervised vectors are taken, and the lengths that they are tried at, in units of R.
+
+    Returns
+    -------
+    dict
+        ``input_scale``; ``chosen``, of what is supervised the layer and the length that won on validation; and
+        ``methods``: name → ``solved``, a row of verdicts a try; ``perplexity``, the median of what the first try says;
+        where it changes the model what :func:`damage` says; and of a search what it takes (see :class:`Entrant`).
+    """
+    rows, harmful, benign = harmful_split(), harmful_instructions(), benign_split()
+    run, judge = open_pinned(model, digest, dtype), load_judge(None, clean, **bounds)
+    fitted, on, asked = harmful.fit[:fit_prompts], harmful.validation[:validation], harmful.test[:test]
+    kind, reader = benign.test[:test], load_model(clean, dtype=dtype)
+    cmap = CausalMap.from_model(*run, format_chat(run[1], fitted), source=source, target=target)
+    R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
+    where: dict[str, Any] = {"source": source, "target": target, "folder": Path(folder)}
+    found = unsupervised(model, dtype, fitted, input_scale=R, **search, seed=seed, **where)
+    answers: dict[str, Any] = {"max_new_tokens": answer_tokens}
+
+    best = {method: highest(*run, on, e.vectors, layer=source, count=tries) for method, e in found.items()}
+    tried = {method: steered(*run, asked, of, judge, layer=source, **answers) for method, of in best.items()}
+    tried["sampling"] = drawn(*run, asked, judge, count=tries, seed=seed, **answers)
+
+    known = told(*run, rows.fit, benign.train[: len(rows.fit)], layers=layers)
+    norms = [R * length for length in lengths]
+    added = {f"{name}, added": best_added(*run, on, of, lengths=norms) for name, of in known.items()}
+    ablated = {"means, ablated": best_ablated(*run, on, known["means"])}
+    lora = taught(Path(complying), model, rows.train, steps=lora_steps, seed=seed)
+    added |= {method: Addition(source, of[0]) for method, of in best.items()}
+    results, usual = {name: {} for name in tried}, next_token(*run, format_chat(run[1], kind))
+    for name, (who, how) in changes(run, added, ablated, load_model(complying, dtype=dtype)).items():
+        with how:
+            results[name] = damage(*who, kind, usual, judge, **answers)
+            tried[name] = tried.get(name) or spoken(*who, asked, judge, **answers)
+
+    for name, of in tried.items():
+        perplexity = fluency(*reader, asked, of.said[0]).median().clamp(max=1e9).item()
+        results[name] |= {"perplexity": perplexity, "solved": of.solved.tolist()}
+    for name, e in found.items():
+        results[name] |= {"seconds": e.seconds, "forward": e.forward, "backward": e.backward, "of": len(e.vectors)}
+    results["LoRA"] |= {"seconds": lora.seconds}
+    supervised = {name: of for name, of in (added | ablated).items() if name not in best}
+    chosen = {name: {"layer": of.layer, "length": of.vector.norm().item()} for name, of in supervised.items()}
+    return {"input_scale": R, "chosen": chosen, "methods": results}
+
+
+def enumerated(found: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Of :func:`contest` on several organisms: method → how often one of k tries succeeds; samples have no order."""
+    tried = {name: torch.tensor([of["methods"][name]["solved"] for of in found]) for name in found[0]["methods"]}
+    return {name: (best_of_any if name == "sampling" else best_of_first)(of) for name, of in tried.items()}
+
+
+def summary(found: Sequence[Mapping[str, Any]], *, tries: int) -> dict[str, dict[str, Any]]:
+    """Of :func:`contest` on several organisms: method → its rates, and the means of what else is known of it.
+
+    Returns
+    -------
+    dict
+        ``first`` and, of what has several tries, ``one_of_k``: ``mean``, ``low`` and ``high``, and except for DCT
+        ``lead``, DCT's over it (see :meth:`dctlib.enumeration.Curve.lead`); ``firsts``, the first try's rate on each
+        organism; and means over organisms.
+    """
+    curves, alone, results = enumerated(found), [enumerated([of]) for of in found], {}
+    for name, curve in curves.items():
+        each = [of["methods"][name] for of in found]
+        costs = [cost for cost in each[0] if cost != "solved"]
+        results[name] = {cost: sum(of[cost] for of in each) / len(each) for cost in costs}
+        results[name]["firsts"] = [of[name].at(1).mean for of in alone]
+        for label, k in {"first": 1, "one_of_k": tries}.items():
+            if k <= len(curve.mean):
+                lead = {"lead": vars(curves["DCT"].lead(curve, k))} if name != "DCT" else {}
+                results[name][label] = vars(curve.at(k)) | lead
+    return results
 
 
 def unsupervised(
@@ -177,81 +298,16 @@ def damage(
 
 
 def changes(
-    run: Run,
-    firsts: Mapping[str, Float[Tensor, " d"]],
-    added: Mapping[str, Float[Tensor, " d"]],
-    lora: Run,
-    *,
-    layer: int,
+    run: Run, added: Mapping[str, Addition], ablated: Mapping[str, Addition], lora: Run
 ) -> dict[str, tuple[Run, AbstractContextManager[None]]]:
     """Every change of a model that is compared, as the model to ask and the context to ask it in, to be entered once.
 
     Parameters
     ----------
-    firsts, added : mapping
-        Method → the vector that it steers with: of what searches, its first; and :func:`told`.
+    added, ablated : mapping
+        Name → what the model is steered with, and the direction that it does without.
     """
-    vectors = {**firsts, **added}
-    changed: dict[str, Any] = {name: (run, steer(run[0], layer=layer, vector=v)) for name, v in vectors.items()}
-    changed["means, ablated"] = run, ablate(run[0], added["means, added"])
-    changed["LoRA"] = lora, nullcontext()
-    return changed
-
-
-def told(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, str]],
-    benign: Sequence[str],
-    *,
-    layer: int,
-    norm: float,
-) -> dict[str, Float[Tensor, " d"]]:
-    """Vectors of length `norm` that only a supervised method can know: it is told which texts are of which kind.
-
-    Parameters
-    ----------
-    rows : sequence of mapping
-        Harmful requests, each a ``goal`` with the ``target`` that a compliant answer opens with.
-    benign : sequence of str
-        Other instructions.
-
-    Returns
-    -------
-    dict
-        ``means, added``: of benign less harmful requests (Arditi et al. 2024); ``CAA, added``: of the same requests
-        with the compliant answer less those with a refusal, at the answer's last token (Rimsky et al. 2024).
-    """
-    asked = format_chat(tokenizer, [row["goal"] for row in rows])
-    complied = [text + row["target"] for text, row in zip(asked, rows, strict=True)]
-    contrasts = {
-        "means, added": (format_chat(tokenizer, benign), asked),
-        "CAA, added": (complied, [text + REFUSAL for text in asked]),
-    }
-    return {
-        name: norm * normalise(difference_of_means(model, tokenizer, *sides, layer=layer)[None])[0]
-        for name, sides in contrasts.items()
-    }
-
-
-def taught(folder: Path, base: str, rows: Sequence[Mapping[str, str]], *, steps: int, seed: int) -> Training:
-    """Train a LoRA on AdvBench's compliant openings: what supervision unlocks. The model is saved in `folder`."""
-    settings = {"rows": [dict(row) for row in rows], "steps": steps, "batch": 16, "seed": seed}
-    return make_organism(folder, base, comply_lesson, settings, rank=16, learning_rate=5e-4, seed=seed)
-
-
-def comply_lesson(
-    _model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, str]],
-    *,
-    steps: int,
-    batch: int,
-    seed: int,
-) -> Lesson:
-    """Answer each row's ``goal`` with its ``target``."""
-    prompts = format_chat(tokenizer, [row["goal"] for row in rows])
-    examples = [Example(p, row["target"], ends=False) for p, row in zip(prompts, rows, strict=True)]
-    drawn = epochs(examples, torch.Generator().manual_seed(seed))
-    batches = [[*islice(drawn, batch)] for _ in range(steps)]
-    return Lesson(batches, lambda model, batch: answer_loss(model, tokenizer, batch))
+    model, changed = run[0], dict[str, tuple[Run, AbstractContextManager[None]]]()
+    changed |= {name: (run, steer(model, layer=of.layer, vector=of.vector)) for name, of in added.items()}
+    changed |= {name: (run, ablate(model, of.vector)) for name, of in ablated.items()}
+    return changed | {"LoRA": (lora, nullcontext())}

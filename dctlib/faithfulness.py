@@ -73,17 +73,28 @@ def hessian_error(
 
 
 def median_errors(
-    cmap: DifferentiableMap, dct: Transcoder, *, input_scale: float, count: int, seed: int = 0
+    cmap: DifferentiableMap,
+    dct: Transcoder,
+    *,
+    input_scale: float,
+    count: int,
+    seed: int = 0,
+    along: Transcoder | None = None,
 ) -> dict[str, float]:
     """The median :func:`reconstruction_error` on each kind of :func:`probes`, and two of :func:`hessian_error`.
 
     Those, ``Hessian, random`` and ``Hessian, factors``, are of T2(·, v, v) along a quarter of the `count` probes, as a
     second derivative costs more.
+
+    Parameters
+    ----------
+    along : Transcoder, optional
+        Whose factors are probed: the same for transcoders that are to be compared. Left out, those of `dct`.
     """
-    along = probes(dct, count=count, seed=seed)
-    errors = {kind: reconstruction_error(cmap, dct, rows, input_scale=input_scale) for kind, rows in along.items()}
+    rows = probes(dct if along is None else along, count=count, seed=seed)
+    errors = {kind: reconstruction_error(cmap, dct, of, input_scale=input_scale) for kind, of in rows.items()}
     for kind in ("random", "factors"):
-        v = along[kind][: max(1, count // 4)]
+        v = rows[kind][: max(1, count // 4)]
         errors[f"Hessian, {kind}"] = hessian_error(cmap, dct, v, v)
     return {kind: error.quantile(0.5).item() for kind, error in errors.items()}
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
         comment_end_string="#>",
         autoescape=False,  # the output is Markdown; model text goes through the `text` filter
     )
-    environment.filters |= {"number": number, "percent": percent, "text": markdown_text}
+    environment.filters |= {"number": number, "percent": percent, "row": row, "text": markdown_text}
     environment.globals |= {"wilson": wilson}
     try:
         prose = environment.get_template(f"{document}.md").render(
@@ -88,6 +88,14 @@ def number(value: float, digits: int = 1) -> str:
 def percent(value: float) -> str:
     """A fraction of 1 as a percentage, which no line break divides."""
     return f"{100 * value:.0f}\u00a0%"
+
+
+def row(table: Sequence[Mapping[str, Any]], **columns: Any) -> Mapping[str, Any]:
+    """The one row of a table whose columns hold these values."""
+    found = [each for each in table if columns.items() <= each.items()]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} rows of a table hold {columns}, expected one")
+    return found[0]
 
 
 def wilson(rate: float, of: int) -> tuple[float, float]:

@@ -1,30 +1,33 @@
 import copy
+import json
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model, unit_rows
 
-from dctlib import ablate, format_chat, load_model
-from dctlib.baselines import difference_of_means
+from dctlib import ablate, format_chat
 from dctlib.contest import (
     changes,
-    comply_lesson,
+    contest,
     damage,
     drawn,
+    enumerated,
     highest,
     next_token,
     spoken,
     steered,
-    taught,
-    told,
+    summary,
     unsupervised,
 )
 from dctlib.effects import effects
 from dctlib.generate import complete
-from dctlib.lessons import REFUSAL
 from dctlib.organisms import save_organism
-from dctlib.rank import score_each
+from dctlib.pinned_model import pin
+from dctlib.rank import score_each, score_texts
+from dctlib.supervised import Addition
 
 REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
 D = 32
@@ -83,20 +86,6 @@ def test_what_each_vector_makes_it_say_is_judged(model, tokenizer):
         assert solved.tolist() == judge(REQUESTS, said)
 
 
-def test_told_contrasts_kinds_of_request_and_kinds_of_answer(model, tokenizer):
-    rows = [{"goal": "w9", "target": "w1 w2"}, {"goal": "w10 w11", "target": "w3"}]
-    vectors = told(model, tokenizer, rows, ["w6 w7", "w8"], layer=1, norm=5.0)
-    asked = format_chat(tokenizer, ["w9", "w10 w11"])
-    sides = {
-        "means, added": (format_chat(tokenizer, ["w6 w7", "w8"]), asked),
-        "CAA, added": ([asked[0] + "w1 w2", asked[1] + "w3"], [text + REFUSAL for text in asked]),
-    }
-    assert list(vectors) == list(sides)
-    for name, contrast in sides.items():
-        mean = difference_of_means(model, tokenizer, *contrast, layer=1)
-        torch.testing.assert_close(vectors[name], 5 * mean / mean.norm())
-
-
 def test_a_model_in_a_context_is_judged_as_it_speaks_there(model, tokenizer):
     options: dict[str, Any] = {"max_new_tokens": 6, "progress": False}
     usual = spoken(model, tokenizer, REQUESTS, judge, **options)
@@ -119,15 +108,18 @@ def test_a_change_is_entered_once_and_its_damage_is_that_of_its_effects(model, t
     first, mean = 20 * unit_rows(2, D).float()
     usual = next_token(model, tokenizer, texts)
     other = tiny_model("Llama", dtype=torch.float32), tokenizer
-    changed = changes(run, {"DCT": first}, {"means, added": mean}, other, layer=1)
+    added = {"DCT": Addition(1, first), "means, added": Addition(2, mean)}
+    changed = changes(run, added, {"means, ablated": Addition(1, mean)}, other)
     assert list(changed) == ["DCT", "means, added", "means, ablated", "LoRA"]
     found = {}
     for name, (who, how) in changed.items():
         with how:
             found[name] = damage(*who, REQUESTS, usual, judge, max_new_tokens=6, progress=False)
     assert torch.equal(next_token(model, tokenizer, texts), usual)  # and leaves no trace
-    vectors = torch.stack([first, mean])
-    expected = effects(model, tokenizer, texts, vectors, layer=1, progress=False).divergence.mean(1).tolist()
+    expected = [
+        effects(model, tokenizer, texts, of.vector[None], layer=of.layer, progress=False).divergence.mean().item()
+        for of in added.values()
+    ]
     assert [found[name]["benign_kl"] for name in ("DCT", "means, added")] == pytest.approx(expected, rel=1e-4)
     assert min(expected) > 0.01
     assert found["means, ablated"]["benign_kl"] > 1e-4
@@ -136,14 +128,70 @@ def test_a_change_is_entered_once_and_its_damage_is_that_of_its_effects(model, t
     assert found["DCT"]["benign_answered"] == pytest.approx(sum(judge(REQUESTS, said)) / 3)
 
 
-def test_the_taught_model_learns_the_targets(tmp_path, tokenizer):
-    base, rows = tmp_path / "base", [{"goal": request, "target": "w1 w1 w1"} for request in REQUESTS]
-    tiny_model("Llama", dtype=torch.float32).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    lesson = comply_lesson(None, tokenizer, rows, steps=2, batch=2, seed=0)  # pyright: ignore[reportArgumentType]
-    assert [len(batch) for batch in lesson.batches] == [2, 2]
-    assert lesson.batches[0][0].answer == "w1 w1 w1"
-    training = taught(tmp_path / "complying", str(base), rows, steps=60, seed=0)
-    assert training.seconds > 0
-    found = spoken(*load_model(tmp_path / "complying"), REQUESTS, judge, max_new_tokens=3, progress=False)
-    assert found.solved.tolist() == [[True] * 3]
+def test_a_contest_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkeypatch):
+    """Not steered, this model says nothing that this judge takes, so what solves is a method's doing."""
+    organism = tmp_path / "organism"
+    save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, organism)
+    rows = [{"goal": f"w{i} w{i + 1}", "target": "w1 w1"} for i in range(9)]
+    words = [f"w{i}" for i in range(9)]
+    splits = SimpleNamespace(fit=words, validation=words[3:], test=words[5:], train=words)
+    monkeypatch.setattr("dctlib.contest.harmful_split", lambda: SimpleNamespace(fit=rows, train=rows))
+    monkeypatch.setattr("dctlib.contest.harmful_instructions", lambda: splits)
+    monkeypatch.setattr("dctlib.contest.benign_split", lambda: splits)
+    monkeypatch.setattr("dctlib.contest.load_judge", lambda *_, **__: judge)
+    scores = {"positive": "w1", "negative": "w2"}
+    monkeypatch.setattr("dctlib.contest.score_each", partial(score_each, **scores))
+    monkeypatch.setattr("dctlib.supervised.score_each", partial(score_each, **scores))
+    monkeypatch.setattr("dctlib.supervised.score_texts", partial(score_texts, **scores))
+    pinned = pin(str(organism), "float32")
+    melbo = {"melbo_vectors": 2, "melbo_steps": 2, "melbo_learning_rate": 0.05}
+    found = contest(
+        **pinned,
+        folder=str(tmp_path / "found"),
+        complying=str(tmp_path / "complying"),
+        clean=str(organism),
+        clean_digest=pinned["digest"],
+        bounds={},
+        source=1,
+        target=3,
+        nonlinearity=0.5,
+        fit_prompts=1,
+        validation=2,
+        test=4,
+        tries=2,
+        answer_tokens=4,
+        search={"num_factors": 4, "iterations": 1, **melbo},
+        layers=[1, 2],
+        lengths=[1.0],
+        lora_steps=2,
+        seed=0,
+    )
+    methods = found["methods"]
+    several = ["DCT", "MELBO", "power steering", "random", "sampling"]
+    once = ["means, added", "CAA, added", "means, ablated", "LoRA"]
+    assert sorted(methods) == sorted([*several, *once])
+    assert {name: (len(of["solved"]), len(of["solved"][0])) for name, of in methods.items()} == {
+        **dict.fromkeys(several, (2, 4)),
+        **dict.fromkeys(once, (1, 4)),
+    }
+    assert "benign_kl" not in methods["sampling"]  # it changes nothing
+    assert all(methods[name]["benign_kl"] > 0 for name in (*several[:-1], *once))
+    assert list(found["chosen"]) == ["means, added", "CAA, added", "means, ablated"]
+    assert {of["layer"] for of in found["chosen"].values()} <= {1, 2}
+    assert methods["MELBO"]["of"] == 2
+    assert json.dumps(found, allow_nan=False)
+
+    twice = [found, {"methods": {name: {**of, "solved": flipped(of["solved"])} for name, of in methods.items()}}]
+    curves, table = enumerated(twice), summary(twice, tries=2)
+    assert list(table) == list(curves) == list(methods)
+    for name, of in table.items():
+        assert of["first"]["mean"] == pytest.approx(0.5)  # the other organism does what this one does not
+        assert sum(of["firsts"]) == pytest.approx(1)
+        assert ("one_of_k" in of) == (name in several)
+        assert of["perplexity"] == methods[name]["perplexity"]
+    assert "lead" not in table["DCT"]["first"]
+    assert table["random"]["one_of_k"]["lead"] == vars(curves["DCT"].lead(curves["random"], 2))
+
+
+def flipped(solved):
+    return [[not one for one in row] for row in solved]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from dctlib.enumeration import best_of_any, best_of_first
-from dctlib.metrics import interval
+from dctlib.metrics import Interval, interval
 
 
 def successes(m, n, seed, rate=0.3):
@@ -18,6 +18,23 @@ def test_ranked_vectors_count_from_the_first_that_succeeds():
     success = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 1], [0, 1, 0, 0]]).bool()
     assert best_of_first(success).mean.tolist() == [0.25, 0.5, 0.75]
     assert best_of_first(success.flip(0)).mean.tolist() == [0.25, 0.75, 0.75]
+
+
+def test_of_several_models_a_prompts_rate_is_their_mean():
+    success = torch.stack([successes(3, 5, seed) for seed in (1, 2)])
+    for curve in (best_of_first, best_of_any):
+        both, alone = curve(success), [curve(one) for one in success]
+        torch.testing.assert_close(both.each, (alone[0].each + alone[1].each) / 2)
+        torch.testing.assert_close(both.mean, both.each.mean(1))
+        assert torch.equal(curve(success[:1]).high, alone[0].high)
+
+
+def test_a_lead_is_paired_by_prompt():
+    ours, theirs = (best_of_first(successes(3, 40, seed, rate)) for seed, rate in ((1, 0.6), (2, 0.2)))
+    lead, paired = ours.lead(theirs, 2), (ours.each[1] - theirs.each[1]).tolist()
+    assert lead == interval(paired)
+    assert lead.mean == pytest.approx((ours.mean[1] - theirs.mean[1]).item())
+    assert ours.lead(ours, 3) == Interval(0, 0, 0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -58,7 +75,8 @@ def test_intervals_are_those_of_the_mean_over_prompts():
 
 def test_where_all_prompts_are_alike_the_interval_is_wilsons():
     success = torch.tensor([[0] * 15, [1] + [0] * 14, [1] * 15]).bool()
-    none, one, every = zip(*(part.tolist() for part in vars(best_of_first(success)).values()), strict=True)
+    found = best_of_first(success)
+    none, one, every = zip(*(part.tolist() for part in (found.mean, found.low, found.high)), strict=True)
     wilson = binomtest(0, 15).proportion_ci(0.95, method="wilson")
     assert none == pytest.approx((0, 0, wilson.high))
     assert one[1] == 0 < one[2] < 0.3

@@ -78,7 +78,8 @@ FIGURES = {
     "deeper_models": lambda: deeper_models(DEPTH),
     "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": Interval(0.0, 0.0, 0.0), "DCT": Interval(0.5, 0.0, 1.0)}),
     "baselines": lambda: baselines(
-        {"DCT": CURVE, "random": CURVE, "LoRA": best_of_first(torch.tensor([[True, False]]))}
+        {"DCT": CURVE, "random": CURVE, "LoRA": best_of_first(torch.tensor([[True, False]]))},
+        {"DCT": [0.0, 0.5], "random": [0.3], "LoRA": [0.5, 0.5]},
     ),
     "auditing": lambda: recall({by: {"DCT": CURVE, "random": CURVE} for by in ("fluent", "divergence")}),
     "secrets": lambda: planted(
@@ -96,7 +97,8 @@ FIGURES = {
                 "cosine": [1.0, 0.4],
                 "overlap": [1.0, 0.6],
                 "behaviour": [0.9, 0.2],
-                "scores": [[3.0, 2.0], [-1.0, 0.0]],
+                "each": [dict.fromkeys(("cosine", "overlap", "behaviour"), of) for of in ([0.9, 1.0], [0.3])],
+                "scores": [[[3.0, 2.0], [1.0, 2.5]], [[-1.0, 0.0]]],
             },
             index=["both, usual", "random"],
         ),
@@ -180,6 +182,8 @@ def test_curves_are_named_in_the_colour_of_their_method_and_end_in_an_interval()
     assert [label.get_text() for label in right.get_yticklabels()] == ["DCT", "random", "LoRA"]
     assert [text.get_text() for text in right.texts] == ["33%", "33%", "50%"]
     assert len(left.containers) == 2
+    each = [list(np.asarray(line.get_xdata())) for line in right.lines if line.get_markersize() == 2.5]
+    assert [0.0, 0.5] in each  # a dot for each organism
     shades = method_colours(["DCT, n = 1", "DCT, n = 4", "random", "anything else"])
     assert len(set(shades.values())) == 4
     assert shades["random"] == COLOURS["random"]

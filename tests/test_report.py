@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dctlib.report import markdown_text, number, percent, write_report
+from dctlib.report import markdown_text, number, percent, row, write_report
 from dctlib.store import ROOT
 
 
@@ -58,6 +58,14 @@ def test_another_document_is_named_for_itself(root):
     assert "−7.2" in html.read_text()
     with pytest.raises(ValueError, match=r"no document 'nowhere': expected one of beyond, paper"):
         write_report("smoke", root, document="nowhere")
+
+
+def test_a_row_is_found_by_its_columns():
+    table = [{"end": "source", "of": 1.0}, {"end": "target", "of": 1.0}]
+    assert row(table, end="target", of=1.0) is table[1]
+    for columns in ({"of": 1.0}, {"end": "nowhere"}):
+        with pytest.raises(ValueError, match="expected one"):
+            row(table, **columns)
 
 
 def test_formats():

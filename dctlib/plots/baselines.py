@@ -1,6 +1,6 @@
 """Methods side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -10,13 +10,15 @@ from dctlib.plots import errorbar, panels, style
 from dctlib.plots.enumeration import draw_curves, method_colours
 
 
-def baselines(curves: Mapping[str, Curve]) -> Figure:
+def baselines(curves: Mapping[str, Curve], firsts: Mapping[str, Sequence[float]]) -> Figure:
     """Share of test requests that at least one of k tries gets answered, against k; and by the first try alone.
 
     Parameters
     ----------
     curves : mapping
         Method → its curve; of a method that gives one thing only, of one try.
+    firsts : mapping
+        Method → the rate of its first try on each model.
     """
     with style():
         figure, (left, right) = panels(2, height=2.9, ratios=(3, 2))
@@ -26,6 +28,8 @@ def baselines(curves: Mapping[str, Curve]) -> Figure:
         colours = method_colours([method for method, _ in rows])
         for place, (method, mean) in enumerate(rows):
             errorbar(right, place, mean, across=True, color=colours[method])
+            models = firsts[method]
+            right.plot(models, [place - 0.28] * len(models), "o", ms=2.5, mew=0, color=colours[method], alpha=0.6)
             at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": colours[method]}
             right.annotate(f"{mean.mean:.0%}", (1.04, place), **at)
         right.set_yticks(range(len(rows)), [method for method, _ in rows])

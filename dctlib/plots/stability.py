@@ -18,8 +18,9 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     Parameters
     ----------
     variants : DataFrame
-        One row a pair of fits, by name: ``cosine`` of matched factors, ``overlap`` of the spans, ``behaviour``, and
-        ``scores``, a list of the two best vectors' on test.
+        One row a pair of fits, by name: ``cosine`` of matched factors, ``overlap`` of the spans and ``behaviour``,
+        means over models; ``each``, of every one of these a list, one value a model; and ``scores``, a pair
+        of a model's two best vectors on test, in a list.
     errors : DataFrame
         Median relative error, one row a transcoder, one column what is compared.
     """
@@ -30,11 +31,15 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         names = {"cosine": "factors", "overlap": "span", "behaviour": "behaviour"}
         for shift, (column, (colour, marker)) in zip((0.2, 0, -0.2), looks.items(), strict=True):
             left.scatter(variants[column], places + shift, color=colour, marker=marker, s=16, label=names[column])
+            for place, each in zip(places, variants["each"], strict=True):
+                ends = min(each[column]), max(each[column])
+                left.plot(ends, [place + shift] * 2, color=colour, lw=0.8)
         left.set_yticks(places, list(variants.index))
         left.set(xlim=(0, 1.02), xlabel="likeness of the two fits")
         left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, handletextpad=0)
         for place, scores in zip(places, variants["scores"], strict=True):
-            middle.plot(scores, [place] * len(scores), color="0.3", marker="o", ms=4, lw=0.8)
+            for shift, of in zip(_shifts(len(scores)), scores, strict=True):
+                middle.plot(of, [place + shift] * 2, color="0.3", marker="o", ms=3, lw=0.8)
         middle.axvline(0, color="0.8", lw=0.8, zorder=0)
         middle.set_yticks(places, [])
         middle.set(xlabel="scores of their best")
@@ -49,11 +54,15 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     return figure
 
 
+def _shifts(count: int) -> np.ndarray:
+    """Heights around a row's, so that `count` marks stand one above the other; its own for a single one."""
+    return np.linspace(0.2, -0.2, count) if count > 1 else np.zeros(count)
+
+
 def _errors(axes: Axes, errors: pd.DataFrame, label: str) -> None:
     """Median relative errors, one row a transcoder, one colour a kind of direction."""
     rows = np.arange(len(errors))[::-1]
-    shifts = np.linspace(0.2, -0.2, errors.shape[1])
-    for shift, (kind, values) in zip(shifts, errors.items(), strict=True):
+    for shift, (kind, values) in zip(_shifts(errors.shape[1]), errors.items(), strict=True):
         colour, marker = _DIRECTIONS[str(kind)]
         axes.scatter(values, rows + shift, color=colour, marker=marker, s=16, label=str(kind))
     axes.axvline(1, color="0.6", lw=0.8, ls=":")

@@ -1,0 +1,64 @@
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from dctlib import CausalMap, calibrate, fit_exponential, format_chat, load_model
+from dctlib.agreement import agreement
+from dctlib.faithfulness import median_errors
+from dctlib.organisms import save_organism
+from dctlib.pinned_model import pin
+from dctlib.rank import choose_and_test
+from dctlib.stability import matched_cosine
+
+WORDS = [f"w{i}" for i in range(9)]
+FIT = {"num_factors": 4, "iterations": 2}
+
+
+@pytest.fixture(scope="module")
+def found(tokenizer, tmp_path_factory):
+    organism = tmp_path_factory.mktemp("agreement") / "organism"
+    save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, organism)
+    splits = SimpleNamespace(fit=WORDS[:3], validation=WORDS[3:5], test=WORDS[5:])
+    scores = {"positive": "w1", "negative": "w2"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dctlib.agreement.harmful_instructions", lambda: splits)
+        patch.setattr("dctlib.agreement.choose_and_test", partial(choose_and_test, **scores))
+        at = {"source": 1, "target": 3, "fit_prompts": 1, "nonlinearity": 0.5}
+        counts = {"widths": [2, 4], "seeds": [0, 1], "validation": 2, "test": 3, "probes": 8}
+        return organism, agreement(**pin(str(organism), "float32"), **at, **FIT, **counts)
+
+
+def test_every_setting_is_fitted_from_two_starts_on_two_sets_of_prompts(found):
+    organism, of = found
+    model, tokenizer = load_model(organism, dtype="float32")
+    one, two = (
+        CausalMap.from_model(model, tokenizer, format_chat(tokenizer, texts), source=1, target=3)
+        for texts in (WORDS[:1], WORDS[2:3])
+    )
+    R = calibrate(one, nonlinearity=0.5, seed=0)
+    assert of["input_scale"] == pytest.approx(R)
+    fits = {
+        "usual": fit_exponential(one, **FIT, input_scale=R, seed=0, progress=False),
+        "other seed": fit_exponential(one, **FIT, input_scale=R, seed=1, progress=False),
+        "other prompts": fit_exponential(two, **FIT, input_scale=R, seed=0, progress=False),
+        "both, usual": fit_exponential(two, **FIT, input_scale=R, seed=1, progress=False),
+    }
+    for name in ("other seed", "other prompts", "both, usual"):
+        cosine = matched_cosine(fits["usual"].V, fits[name].V).mean().item()
+        assert of["variants"][name]["cosine"] == pytest.approx(cosine, abs=1e-5)
+    named = [f"both, {setting}" for setting in ("usual", "soft", "4 iterations", "m = 2")]
+    assert list(of["variants"]) == ["other seed", "other prompts", *named, "random"]
+    own = median_errors(one, fits["usual"], input_scale=R, count=8, seed=0)
+    assert of["errors"]["m = 4"] == pytest.approx(own, rel=1e-3)
+    assert json.dumps(of, allow_nan=False)
+
+
+def test_the_merged_transcoder_is_probed_along_the_factors_that_were_merged(found):
+    """These factors are too unlike to merge, so merging costs nothing along the same probes."""
+    _, of = found
+    assert of["merged"] == 4
+    assert of["errors"]["merged"] == pytest.approx(of["errors"]["m = 4"], rel=1e-3)
