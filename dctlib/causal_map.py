@@ -1,14 +1,15 @@
 """The causal map Δ(θ): add θ to the residual stream at a source layer, measure the change at a target layer."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
+from accelerate.utils import has_offloaded_params, send_to_device
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,9 +19,11 @@ from dctlib.models import blocks_of, check_layer, model_digest, replaying, width
 from dctlib.prompt_tree import PromptTree, plant
 from dctlib.prompts import tokenize_each
 
-# Floating-point numbers that one factor's forward and backward pass keeps for each token of each block, in units of
-# the model width. Measured on Llama-shaped blocks; only the chunk size depends on it.
+# Floating-point numbers that one factor's forward and backward pass keeps of each block: for each token, in units of
+# the model width, and for each pair of tokens and head, as attention is eager. Measured on Llama-shaped blocks; only
+# the chunk size depends on it.
 _KEPT_PER_TOKEN = 40
+_KEPT_PER_PAIR = 3
 _CPU_CHUNK_BYTES = 320 * 2**20
 
 
@@ -178,16 +181,25 @@ class CausalMap(DifferentiableMap):
         chunk_size: int | None,
         memory: float | None,
         compiled: bool,
+        device: str | torch.device | None = None,
     ):
         self.source, self.target, self.positions = source, target, positions
         self.d_source = self.d_target = width_of(model)
         self.tokens = [len(path) for captured in captures for path in captured.paths]
+        blocks: list[Any] = list(blocks_of(model)[source:target])
+        if device is not None:
+            if any(has_offloaded_params(module) for block in blocks for module in block.modules()):
+                raise ValueError(
+                    f"got device={device!r} and offloaded blocks, expected a model loaded whole, as on 'cpu'"
+                )
+            blocks = [copy.deepcopy(block).to(device) for block in blocks]
+            captures = [replace(captured, **send_to_device(vars(captured), device)) for captured in captures]
         self.device = captures[0].hidden.device
         self.dtype = torch.float64 if captures[0].hidden.dtype == torch.float64 else torch.float32
         self.scale = torch.cat([c.hidden[0] for c in captures]).to(self.dtype).norm(dim=1).median().item()
-        self.chunk_size = chunk_size or _chunk_size(self, captures, memory)
+        heads = model.config.get_text_config().num_attention_heads
+        self.chunk_size = chunk_size or _chunk_size(self, captures, heads, memory)
         self._model, self._captures = model, captures
-        blocks: list[Any] = list(blocks_of(model)[source:target])
         self._blocks: list[Any] = [torch.compile(block) for block in blocks] if compiled else blocks
         with torch.no_grad(), self._running():
             zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device)
@@ -208,6 +220,7 @@ class CausalMap(DifferentiableMap):
         chunk_size: int | None = None,
         memory: float | None = None,
         compiled: bool = False,
+        device: str | torch.device | None = None,
     ) -> "CausalMap":
         """Capture `texts` and return their causal map from layer `source` to layer `target`.
 
@@ -230,6 +243,10 @@ class CausalMap(DifferentiableMap):
             Let torch.compile fuse what lies between a block's products. On a GPU it pays from some three hundred
             passes on: the first takes half a minute, those after it 0.7 of the time. It changes cost, not results;
             forward-mode products are not compiled.
+        device : str or torch.device, optional
+            Where copies of the slice's blocks go, and all products are computed, while the model stays where it is:
+            for a GPU that holds the slice and not the model, which is then loaded with ``device="cpu"``. What is done
+            to the model later, as by :func:`dctlib.steer`, does not reach the copies. Left out, the model's own blocks.
 
         Raises
         ------
@@ -252,8 +269,10 @@ class CausalMap(DifferentiableMap):
                 raise ValueError(f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}")
         with replaying(model):
             captures = [capture(model, tree, source=source, target=target) for tree in plant(model, tokens)]
-        options = {"positions": positions, "chunk_size": chunk_size, "memory": memory, "compiled": compiled}
-        return cls(model, captures, source=source, target=target, **options)
+        options: dict[str, Any] = {"positions": positions, "chunk_size": chunk_size, "memory": memory}
+        options |= {"compiled": compiled, "device": device}
+        with replaying(model):  # copies of blocks stay as they are here
+            return cls(model, captures, source=source, target=target, **options)
 
     @cached_property
     def digest(self) -> str:
@@ -303,11 +322,11 @@ class CausalMap(DifferentiableMap):
             yield
 
 
-def _chunk_size(cmap: CausalMap, captures: Sequence[Capture], memory: float | None) -> int:
+def _chunk_size(cmap: CausalMap, captures: Sequence[Capture], heads: int, memory: float | None) -> int:
     """Rows whose forward and backward pass take at most `memory` GiB, or what a device has for them."""
     tokens = max(captured.hidden.shape[1] for captured in captures)
-    blocks = len(captures[0].calls)
-    a_row = tokens * blocks * _KEPT_PER_TOKEN * cmap.d_source * captures[0].hidden.element_size()
+    kept = tokens * (_KEPT_PER_TOKEN * cmap.d_source + _KEPT_PER_PAIR * heads * tokens)
+    a_row = kept * len(captures[0].calls) * captures[0].hidden.element_size()
     if memory is not None:
         budget = memory * 2**30
     elif cmap.device.type == "cuda":

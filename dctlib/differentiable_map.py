@@ -163,6 +163,20 @@ def _directional(function: Callable[[Tensor], Tensor], theta: Tensor, tangent: T
     return torch.func.jvp(function, (theta,), (tangent,))[1]
 
 
+def gaussian(
+    cmap: DifferentiableMap, rows: int, columns: int, generator: torch.Generator
+) -> Float[Tensor, "rows columns"]:
+    """Normal numbers for products of `cmap`, drawn on the CPU, so that they are the same for every device."""
+    return torch.randn(rows, columns, generator=generator, dtype=cmap.dtype).to(cmap.device)
+
+
+def finite(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    """Return what a map gave, or raise ValueError if a number is NaN or infinite."""
+    if not torch.isfinite(rows).all():
+        raise ValueError("the map gave values that are not finite; try dtype='float32' or a smaller input scale")
+    return rows
+
+
 class _WrittenOut(TorchFunctionMode):
     """Replace fused functions by their definitions, so that they can be differentiated twice.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dctlib.causal_map import CausalMap
-from dctlib.differentiable_map import DifferentiableMap
+from dctlib.differentiable_map import DifferentiableMap, finite, gaussian
 from dctlib.orthogonalise import normalise, orthonormal_rows, softly_orthogonal_rows
 from dctlib.store import remember
 from dctlib.transcoder import Transcoder
@@ -228,7 +228,7 @@ def _start(
         V, outputs = _projected(cmap, num_factors, projections, generator, progress)
         return _unit(outputs), V
     if init == "random":
-        U, V = (_gaussian(num_factors, d, cmap, generator) for d in (cmap.d_target, cmap.d_source))
+        U, V = (gaussian(cmap, num_factors, d, generator) for d in (cmap.d_target, cmap.d_source))
         return _unit(U), _unit(V)
     raise ValueError(f"got init={init!r}, expected 'projected' or 'random'")
 
@@ -239,10 +239,10 @@ def _projected(
     """V and T1·V of Algorithm 1′; rows of V beyond the rank of W·T1 are random."""
     if projections < 1:
         raise ValueError(f"got projections={projections}, expected at least 1")
-    W = _gaussian(projections, cmap.d_target, cmap, generator)
+    W = gaussian(cmap, projections, cmap.d_target, generator)
     rows = _jacobian_rows(cmap, W, progress)
     right = torch.linalg.svd(rows, full_matrices=False).Vh
-    filling = _gaussian(max(0, num_factors - len(right)), cmap.d_source, cmap, generator)
+    filling = gaussian(cmap, max(0, num_factors - len(right)), cmap.d_source, generator)
     leading = min(num_factors, cmap.d_source)
     V = torch.cat([right, filling])
     V = torch.cat([orthonormal_rows(V[:leading]), _unit(V[leading:num_factors])])
@@ -254,21 +254,11 @@ def _jacobian_rows(cmap: DifferentiableMap, cotangents: Tensor, progress: bool) 
     chunks = cotangents.to(cmap.device, cmap.dtype).split(cmap.chunk_size)
     zero = torch.zeros(cmap.chunk_size, cmap.d_source, dtype=cmap.dtype, device=cmap.device)
     bar = tqdm(chunks, desc=f"Jacobian, {len(cotangents)} rows", disable=not progress)
-    return _finite(torch.cat([cmap.vjp(zero[: len(chunk)], chunk) for chunk in bar]))
-
-
-def _gaussian(rows: int, columns: int, cmap: DifferentiableMap, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=generator, dtype=cmap.dtype).to(cmap.device)
+    return finite(torch.cat([cmap.vjp(zero[: len(chunk)], chunk) for chunk in bar]))
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return normalise(_finite(rows))
-
-
-def _finite(rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
-        raise ValueError("the map gave values that are not finite; try dtype='float32' or a smaller input scale")
-    return rows
+    return normalise(finite(rows))
 
 
 def _check_options(

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from dctlib.differentiable_map import DifferentiableMap
+from dctlib.differentiable_map import DifferentiableMap, finite, gaussian
 from dctlib.orthogonalise import normalise, orthonormal_rows
 
 
@@ -70,11 +70,11 @@ def melbo(
     generator, R = torch.Generator().manual_seed(seed), input_scale
     V = torch.empty(0, cmap.d_source, dtype=cmap.dtype, device=cmap.device)
     for _ in tqdm(range(num_vectors), desc=f"MELBO, {steps} steps each", disable=not progress):
-        v = normalise(_outside(V, _gaussian(1, cmap, generator)))
+        v = normalise(_outside(V, gaussian(cmap, 1, cmap.d_source, generator)))
         step_size = learning_rate / cmap.d_source**0.5
         optimiser = torch.optim.Adam([v], lr=step_size, betas=(0.9, 0.98), amsgrad=True, maximize=True)
         for _ in range(steps):
-            gradient = _finite(R * cmap.vjp(R * v, normalise(cmap(R * v))))  # of ‖Δ(Rv)‖
+            gradient = finite(R * cmap.vjp(R * v, normalise(cmap(R * v))))  # of ‖Δ(Rv)‖
             v.grad = _outside(torch.cat([V, v]), gradient)  # in the tangent space of what is allowed
             optimiser.step()
             v.copy_(normalise(_outside(V, v)))
@@ -118,10 +118,11 @@ def power_steering(
     _check(num_vectors, min(cmap.d_source, cmap.d_target), iterations)
     if not 0 <= input_scale < float("inf"):
         raise ValueError(f"got input_scale={input_scale}, expected 0 or a positive number, such as calibrate(cmap)")
-    V = orthonormal_rows(_gaussian(num_vectors, cmap, torch.Generator().manual_seed(seed)))
+    generator = torch.Generator().manual_seed(seed)
+    V = orthonormal_rows(gaussian(cmap, num_vectors, cmap.d_source, generator))
     for _ in tqdm(range(iterations), desc=f"power iteration, {num_vectors} vectors", disable=not progress):
         at = input_scale * V
-        V = orthonormal_rows(_finite(cmap.vjp(at, cmap.jvp(at, V))))
+        V = orthonormal_rows(finite(cmap.vjp(at, cmap.jvp(at, V))))
     image = cmap.jvp(input_scale * V, V)
     if input_scale == 0:
         rotation, gain, _ = torch.linalg.svd(image, full_matrices=False)
@@ -133,16 +134,6 @@ def power_steering(
 def _outside(basis: Tensor, rows: Tensor) -> Tensor:
     """What is left of `rows` without their part in the span of the orthonormal rows of `basis`."""
     return rows - rows @ basis.T @ basis
-
-
-def _gaussian(rows: int, cmap: DifferentiableMap, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, cmap.d_source, generator=generator, dtype=cmap.dtype).to(cmap.device)
-
-
-def _finite(rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
-        raise ValueError("the map gave values that are not finite; try dtype='float32' or a smaller input scale")
-    return rows
 
 
 def _check(num_vectors: int, most: int, rounds: int) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def load_model(
         raise ValueError(
             f"cannot load the weights of {source!r} from safetensors, the only format read: {error}"
         ) from error
+    if not revision and (commit := getattr(model.config, "_commit_hash", None)):
+        warnings.warn(f"{name} names no commit; what came is {name}@{commit}", stacklevel=2)
     model = model if spread else model.to(device)
     return model.eval().requires_grad_(False), spoken
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class ShardedMap(DifferentiableMap):
         loading = {"dtype": dtype, "device": "auto" if gpus > 1 else "cuda" if gpus else "cpu"}
         resources = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
         actor = self._ray.remote(_Shard).options(**resources, max_restarts=3, max_task_retries=3)
+        model = str(Path(model).resolve()) if Path(model).is_dir() else model  # an actor works in another directory
         self._shards = [actor.remote(model, list(texts), where, loading, cpus) for _ in range(shards)]
         facts = answer(self._ray, [shard.facts.remote() for shard in self._shards])
         if len({found["digest"] for found in facts}) > 1:

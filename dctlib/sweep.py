@@ -5,6 +5,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import platform
 import sys
 import tempfile
 import threading
@@ -202,17 +203,25 @@ def _on_cluster(
 
     def run(setting: Setting) -> File:
         try:
-            return answer(ray, remote.remote(Path.cwd(), task, threads, setting))
+            return answer(ray, remote.remote(Path.cwd(), _key(task, setting), task, threads, setting))
         except ray.exceptions.RayError as error:
             raise RuntimeError(_killed(task, setting, attempts)) from error
 
     return workers or most, nullcontext(run)
 
 
-def _file_from(folder: Path, *call: Any) -> File:
-    """:func:`_file` in the driver's working directory, where its relative paths lead: a node's own is another one."""
+def _file_from(folder: Path, key: str, task: Task, threads: int, setting: Setting) -> File:
+    """:func:`_file` in the driver's working directory, where its relative paths lead: a node's own is another one.
+
+    Nor may a node that runs other code than the driver give a result under the driver's key.
+    """
     os.chdir(folder)
-    return _file(*call)
+    if _key(task, setting) != key:
+        raise ValueError(
+            f"{platform.node()} has another {task.__module__}, or another dctlib behind it, than the driver; give all "
+            f"nodes the same checkout"
+        )
+    return _file(task, threads, setting)
 
 
 def _file(task: Task, threads: int, setting: Setting) -> File:

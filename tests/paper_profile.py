@@ -22,7 +22,11 @@ PAPER_MODELS = {
     "GraySwanAI/Mistral-7B-Instruct-RR": ("Mistral", "sentencepiece", True),
     "mistralai/Mistral-7B-Instruct-v0.2": ("Mistral", "sentencepiece", True),
     "cais/HarmBench-Mistral-7b-val-cls": ("Mistral", "sentencepiece", False),
-    "redwoodresearch/math_pwd_lock_deepseek_math7b_on_weak_pythia1b": ("Llama", "bytes", False),
+    "redwoodresearch/math_pwd_lock_deepseek_math7b_on_weak_pythia1b": (
+        "Llama",
+        "bytes",
+        False,
+    ),
     "deepseek-ai/deepseek-math-7b-instruct": ("Llama", "bytes", False),
 }
 NAMING_A_MODEL = ("model", "base", "deeper", "clean", "judge", "tokenizer_from")
@@ -117,6 +121,8 @@ def swapped(value, folder: Path, key: str = ""):
     """paper.yaml with counts shrunk and every model's name replaced by its stand-in's folder."""
     if isinstance(value, dict):
         return {k: swapped(v, folder, k) for k, v in value.items()}
+    if key == "models":
+        return [swapped(name, folder, "model") for name in value]
     if key in NAMING_A_MODEL and "/" in str(value):
         return str(folder / value.partition("@")[0].rsplit("/", 1)[1])
     shrunk = SHRUNK.get(key, value)

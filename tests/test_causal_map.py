@@ -135,28 +135,45 @@ def test_a_memory_budget_bounds_the_chunk_and_changes_no_factor(llama, tokenizer
     torch.testing.assert_close(fits[0].V, fits[1].V)
 
 
-def growth(memory):
-    """How much a product of 8,192 factors adds to the peak memory of this process, in MiB."""
+def growth(memory, *, rows, tokens):
+    """How much a product of so many factors adds to the peak memory of this process, in MiB."""
     import resource  # there is none on Windows
 
     model, tokenizer = tiny_model("Llama", dtype=torch.float32), tiny_tokenizer()
-    cmap = CausalMap.from_model(model, tokenizer, ["w1 " * 30], source=1, target=3, memory=memory)
-    rows = unit_rows(8192, D).float()
-    cmap.value_and_vjp(rows[:8], rows[:8])  # what the first product takes for good
+    cmap = CausalMap.from_model(model, tokenizer, ["w1 " * tokens], source=1, target=3, memory=memory)
+    theta = unit_rows(rows, D).float()
+    cmap.value_and_vjp(theta[:1], theta[:1])  # what the first product takes for good
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cmap.value_and_vjp(rows, rows)
+    cmap.value_and_vjp(theta, theta)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
-def test_8192_factors_stream_within_the_budget():
+@pytest.mark.parametrize(("rows", "tokens"), [(8192, 30), (24, 900)], ids=["8,192 factors", "a long prompt"])
+def test_factors_stream_within_the_budget(rows, tokens):
     context, grown = multiprocessing.get_context("spawn"), {}
-    for memory in (1 / 16, 8.0):  # GiB; the second holds all rows at once
+    for memory in (1 / 8, 8.0):  # GiB; the second holds all rows at once
         with ProcessPoolExecutor(1, mp_context=context) as pool:  # a fresh process: a peak never falls
-            grown[memory] = pool.submit(growth, memory).result()
-    assert grown[1 / 16] < 64
-    assert grown[8.0] > 4 * 64
+            grown[memory] = pool.submit(growth, memory, rows=rows, tokens=tokens).result()
+    assert grown[1 / 8] < 128
+    assert grown[8.0] > 2 * 128
+
+
+def test_a_map_may_compute_on_copies_of_its_blocks(tokenizer, texts):
+    """As on a GPU beside a model in main memory; tests/test_cuda.py does that."""
+    model = tiny_model("Llama")
+    own = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+    copied = CausalMap.from_model(model, tokenizer, texts, source=1, target=3, device="cpu")
+    v, w = unit_rows(2, 4, D)
+    expected = own(v), own.vjp(v, w), own.second_derivative(v, w)
+    assert copied.digest == own.digest
+    with torch.no_grad():
+        for block in model.model.layers[1:3]:
+            block.mlp.down_proj.weight.zero_()
+    assert not torch.allclose(own(v), expected[0])
+    for found, true in zip((copied(v), copied.vjp(v, w), copied.second_derivative(v, w)), expected, strict=True):
+        torch.testing.assert_close(found, true)
 
 
 def test_zero_gives_zero_and_results_carry_no_graph(llama, tokenizer, texts):

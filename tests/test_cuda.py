@@ -155,6 +155,22 @@ def test_what_does_not_fit_is_done_in_halves(llamas, tokenizer, texts):
     assert_near(found[-8:].cpu(), cpu.vjp(theta[-8:], u[-8:]), 1e-5)
 
 
+def test_the_slice_alone_may_lie_on_the_gpu(llamas, tokenizer, texts):
+    model = llamas[0]
+    cpu = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+    before = torch.cuda.memory_allocated()
+    gpu = CausalMap.from_model(model, tokenizer, texts, source=1, target=3, device="cuda")
+    blocks = sum(p.numel() * p.element_size() for block in model.model.layers[1:3] for p in block.parameters())
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert blocks <= torch.cuda.memory_allocated() - before < whole
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    v, w = unit_rows(2, 4, D)
+    assert_near(gpu(v).cpu(), cpu(v), 1e-5)
+    assert_near(gpu.vjp(v, w).cpu(), cpu.vjp(v, w), 1e-5)
+    fits = [fit_exponential(m, num_factors=3, input_scale=5.0, iterations=3, progress=False) for m in (cpu, gpu)]
+    assert_near(fits[1].V.cpu(), fits[0].V, 1e-4)
+
+
 @pytest.mark.parametrize("memory", [0.125, 0.5])
 def test_a_product_stays_within_its_memory(tokenizer, texts, memory):
     shape = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1376, num_hidden_layers=6)

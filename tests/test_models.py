@@ -1,4 +1,6 @@
 import json
+import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,6 +147,19 @@ def test_a_hub_id_may_carry_its_revision_and_the_tokenizer_lie_elsewhere(tmp_pat
     load_model(tmp_path / "model")
     safe = {"trust_remote_code": False}
     assert asked == [("owner/words", {"revision": "0123abc", **safe}), (str(tmp_path / "model"), safe)]
+
+
+def test_a_hub_id_without_a_commit_names_the_one_that_came(tmp_path, monkeypatch):
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for kind in (models.AutoTokenizer, models.AutoModelForCausalLM):
+        hub = partial(kind.from_pretrained, tmp_path)
+        monkeypatch.setattr(kind, "from_pretrained", lambda _name, hub=hub, revision=None, **options: hub(**options))
+    monkeypatch.setattr(transformers.LlamaConfig, "_commit_hash", "0123abc", raising=False)
+    with pytest.warns(UserWarning, match="owner/name names no commit; what came is owner/name@0123abc"):
+        load_model("owner/name")
+    with warnings.catch_warnings(action="error"):
+        load_model("owner/name@0123abc")
 
 
 def test_model_digest_sees_the_configuration():

@@ -16,6 +16,7 @@ def test_every_notebook_runs_under_the_paper_profile(paper_root, stem, monkeypat
 def test_every_model_of_the_paper_has_a_stand_in_and_nothing_is_trained():
     paper = yaml.safe_load((ROOT / "params" / "paper.yaml").read_text())
     named = {str(section.get(key)) for section in paper.values() for key in NAMING_A_MODEL if section.get(key)}
+    named |= {name for section in paper.values() for name in section.get("models", [])}
     named = {name.partition("@")[0] for name in named} - {"smollm2-135m-instruct"}
     assert named == set(PAPER_MODELS)
     assert paper["organisms"]["kinds"] == []

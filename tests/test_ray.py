@@ -1,7 +1,9 @@
-"""A real cluster: two nodes on this machine, each with one CPU. Slow, and skipped where Ray is not installed."""
+"""A real cluster: two `ray start` on this machine, a CPU each. Slow, and skipped where Ray is not installed."""
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,17 +15,61 @@ from conftest import assert_near, tiny_model, tiny_tokenizer, unit_rows
 from test_sweep import SEEDS, calls_of, dies_at_first, fails, fit, mark, runs, until, waits, workers
 
 from dctlib import CausalMap, fit_exponential, fit_linear, fit_quadratic, load_model
+from dctlib.cluster import connected
 from dctlib.fit import remembered
 from dctlib.sharded_map import ShardedMap
 from dctlib.sweep import map_fits
 
 ray = pytest.importorskip("ray")
-cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 D, NEAR = 32, 1e-6  # transformers rounds softmax and RMSNorm to float32, by the number of rows at a time too
 WHERE: dict[str, Any] = {"source": 1, "target": 3}
-SMALL = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
+class Nodes:
+    """Processes of `ray start`, one a node: they end with what they started, however they end."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address, self._running = f"127.0.0.1:{port}", list[subprocess.Popen]()
+        self.add("--head", f"--port={port}", "--include-dashboard=false")
+
+    def add(self, *options):
+        options = options or (f"--address={self.address}",)
+        small = ["--num-cpus=1", f"--object-store-memory={100 * 2**20}", "--node-ip-address=127.0.0.1", "--block"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *small]
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+        started = subprocess.Popen(command, **quiet)
+        self._running.append(started)
+        connected(self.address) if len(self._running) > 1 else until(self._answers)
+        if ray.is_initialized():
+            until(lambda: sum(node["Alive"] for node in ray.nodes()) == len(self._running))
+        return started
+
+    def lose(self, node):
+        """As if its machine had failed."""
+        self._running.remove(node)
+        self._kill(node)
+        until(lambda: sum(each["Alive"] for each in ray.nodes()) == len(self._running))
+
+    def second(self):
+        return self._running[1]
+
+    def end(self):
+        for node in reversed(self._running):
+            self._kill(node)
+
+    def _kill(self, node):
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+    def _answers(self):
+        host, port = self.address.split(":")
+        with socket.socket() as trying:
+            return trying.connect_ex((host, int(port))) == 0
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +78,14 @@ def cluster():
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
-        made = cluster_utils.Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
+        nodes = Nodes()
         try:
-            made.add_node(**SMALL)
-            made.wait_for_nodes()
-            patch.setenv("RAY_ADDRESS", made.address)
-            yield made
+            nodes.add()
+            patch.setenv("RAY_ADDRESS", nodes.address)
+            yield nodes
         finally:
             ray.shutdown()
-            made.shutdown()
+            nodes.end()
 
 
 @pytest.fixture
@@ -116,19 +161,18 @@ def gpus_of(calls, seed):
 
 
 def test_a_task_has_a_gpu_where_the_cluster_has_any(cluster, sweep):
-    node = cluster.add_node(**SMALL, num_gpus=1)
-    cluster.wait_for_nodes()
+    node = cluster.add(f"--address={cluster.address}", "--num-gpus=1")
     try:
         assert sweep(gpus_of, SEEDS[:2]) == [1, 1]
         assert sweep(gpus_of, SEEDS[2:3], gpus=0) == [0]
     finally:
-        cluster.remove_node(node)
+        cluster.lose(node)
 
 
 def test_a_node_that_is_lost_changes_no_result(cluster, sweep):
     def lose():
         until(lambda: len(workers(sweep.calls)) == 2)
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        cluster.lose(cluster.second())
         until(lambda: not all(runs(worker) for worker in workers(sweep.calls)))
         (sweep.calls / "go").touch()
 
@@ -136,8 +180,7 @@ def test_a_node_that_is_lost_changes_no_result(cluster, sweep):
     losing.start()
     assert sweep(waits, [{"seed": seed} for seed in range(2, 6)]) == [seed / 3 for seed in range(2, 6)]
     losing.join()
-    cluster.add_node(**SMALL)
-    cluster.wait_for_nodes()
+    cluster.add()
     assert len(calls_of(sweep)) == len(["2", "3", "4", "5", "one of them again", "go"])
 
 
@@ -147,6 +190,13 @@ def folder(tmp_path_factory):
     tiny_model("Llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def test_a_model_lies_where_the_driver_finds_it(cluster, folder, texts, monkeypatch):
+    monkeypatch.chdir(Path(folder).parent)
+    sharded = ShardedMap(Path(folder).name, texts, **WHERE, shards=1, ray=cluster.address)
+    assert sharded.source == 1
+    sharded.close()
 
 
 def test_a_map_that_no_shard_can_build_is_a_value_error(cluster, folder, texts):

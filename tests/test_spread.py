@@ -48,6 +48,11 @@ def test_products_of_the_map_are_the_same_and_second_derivatives_are_refused(pai
             product(v, w)
 
 
+def test_copies_of_offloaded_blocks_are_refused(pair, tokenizer, texts):
+    with pytest.raises(ValueError, match="expected a model loaded whole"):
+        CausalMap.from_model(pair[1], tokenizer, texts, **AT, device="cpu")
+
+
 def test_fits_are_the_same_and_so_are_scores_effects_and_growth(pair, tokenizer, texts):
     maps = [CausalMap.from_model(model, tokenizer, texts, **AT) for model in pair]
     one, other = (fit_exponential(cmap, num_factors=4, input_scale=3.0, iterations=2, progress=False) for cmap in maps)

@@ -18,7 +18,7 @@ import torch
 from dctlib import Transcoder, fit_exponential
 from dctlib.planted import planted_map
 from dctlib.store import key_of
-from dctlib.sweep import map_fits
+from dctlib.sweep import _file_from, map_fits
 
 
 def mark(calls, name):
@@ -171,6 +171,13 @@ def test_a_task_that_kills_every_worker_is_named_and_the_others_are_kept(sweep, 
     assert len(started) == 2 + 3
     assert sweep(number, SEEDS[:1]) == [{"seed": 0, "values": [0.0, "é"]}]
     assert calls_of(sweep) == ["0"]
+
+
+def test_a_node_with_other_code_than_the_driver_computes_nothing(tmp_path):
+    setting = {"calls": str(tmp_path), "seed": 0}
+    with pytest.raises(ValueError, match="has another test_sweep, or another dctlib behind it"):
+        _file_from(Path.cwd(), "a key of other code", number, 1, setting)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_driver_takes_its_workers_with_it_and_goes_on_where_it_was(sweep):
