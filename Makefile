@@ -50,7 +50,7 @@ smoke: $(READY)
 # DVC runs the notebooks whose models and vectors others open, and nbval all of them; either document wants every number
 # and figure that they leave. The secrets first, which two others open. Then two notebooks at a time, a thread each: at
 # this size, starting kernels and drawing figures is most of it.
-nbval: STAGES := multiplicity rerouted locked
+nbval: STAGES := multiplicity rerouted locked beyond/dvc.yaml:replicates
 nbval: smoke
 	cd $(SMOKE) && export PATH="$(BIN):$$PATH" PYTHONPATH="$$PWD" && $(NBVAL) notebooks/secrets.ipynb \
 		&& OMP_NUM_THREADS=1 $(NBVAL) --numprocesses 2 --dist loadfile notebooks --ignore=notebooks/secrets.ipynb
