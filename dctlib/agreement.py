@@ -6,7 +6,7 @@ from dctlib.baselines import random_vectors
 from dctlib.causal_map import CausalMap
 from dctlib.effects import clusters, effects
 from dctlib.faithfulness import median_errors, merged
-from dctlib.fit import fit_exponential, fit_linear, fit_quadratic
+from dctlib.fit import fit_exponential, fit_linear, fit_quadratic, remembered
 from dctlib.input_scale import calibrate
 from dctlib.pinned_model import open_pinned
 from dctlib.prompts import format_chat, harmful_instructions
@@ -21,6 +21,7 @@ def agreement(
     digest: str,
     dtype: str,
     *,
+    folder: str,
     source: int,
     target: int,
     nonlinearity: float,
@@ -41,6 +42,8 @@ def agreement(
     ----------
     model, digest, dtype : str
         See :func:`dctlib.pinned_model.pin`.
+    folder : str
+        Where fits are remembered.
     fit_prompts : int
         The first and the last so many of the prompts to fit, each set for one of the two fits.
     widths : list of int
@@ -54,7 +57,8 @@ def agreement(
     -------
     dict
         ``input_scale``; ``variants``: what the two fits differ in → ``cosine`` of matched factors, ``overlap`` of the
-        spans, ``behaviour`` and ``scores``, on test, of the two best vectors; ``errors``: transcoder → kind → median
+        spans, ``behaviour`` of matched vectors on validation (:func:`dctlib.stability.same_change`), and ``scores`` on
+        test of the two vectors that score highest on validation; ``errors``: transcoder → kind → median
         relative error; ``merged``: the factors that are left of `num_factors` where those are averaged whose mean
         cosine is at least ``MERGED_COSINE``. The merged transcoder is probed along the factors that it was made from.
     """
@@ -72,7 +76,7 @@ def agreement(
     wanted = {"other seed": ("usual", 0, 1), "other prompts": ("usual", 1, 0)}
     wanted |= {f"{name} {which}": (name, which, which) for name in settings for which in (0, 1)}
     fits = {
-        label: fit_exponential(maps[prompts], input_scale=R, seed=seeds[start], **settings[name])
+        label: remembered(folder, fit_exponential, maps[prompts], input_scale=R, seed=seeds[start], **settings[name])
         for label, (name, prompts, start) in wanted.items()
     }
 
@@ -97,8 +101,8 @@ def agreement(
     first = fits["usual 0"]
     held = {f"m = {m}": fits.get(f"m = {m} 0", first) for m in widths}
     held["merged"] = merged(first, clusters(first.V, cosine=MERGED_COSINE))
-    held["quadratic"] = fit_quadratic(maps[0], **usual, seed=seeds[0])
-    held["linear"] = fit_linear(maps[0], num_factors=num_factors)
+    held["quadratic"] = remembered(folder, fit_quadratic, maps[0], **usual, seed=seeds[0])
+    held["linear"] = remembered(folder, fit_linear, maps[0], num_factors=num_factors)
     probed: dict[str, Any] = {"input_scale": R, "count": probes, "seed": seeds[0]}
     along = {"merged": first}
     errors = {name: median_errors(maps[0], dct, **probed, along=along.get(name)) for name, dct in held.items()}

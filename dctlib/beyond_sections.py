@@ -49,6 +49,12 @@ class Baselines(Fitted):
     answer_tokens: Count
     lora_steps: Count
 
+    @model_validator(mode="after")
+    def _tried_are_found(self) -> "Baselines":
+        if self.tries > self.num_factors:
+            raise ValueError(f"tries={self.tries} are of num_factors={self.num_factors} vectors, so at most as many")
+        return self
+
 
 class Stability(Fitted):
     """notebooks/stability.ipynb: do other seeds and prompts find the same, and is the transcoder faithful?"""

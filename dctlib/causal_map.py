@@ -252,7 +252,7 @@ class CausalMap(DifferentiableMap):
         ------
         ValueError
             If the layers are out of range or out of order, there is no text, a text has fewer tokens than
-            `positions`, or the activations are not finite.
+            `positions`, the activations are not finite, or `device` is given and blocks are offloaded.
         """
         count = len(blocks_of(model))
         check_layer(model, source, name="source")

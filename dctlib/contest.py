@@ -1,8 +1,9 @@
-"""Methods side by side: the same candidates' length, the same ranking, the same judge."""
+"""Methods side by side: the same organism, requests and judge, and what each finds ranked on the same validation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dctlib.enumeration import Curve, best_of_any, best_of_first
 from dctlib.generate import complete, complete_each
 from dctlib.input_scale import calibrate
 from dctlib.intervene import ablate, steer
-from dctlib.judges import fluency, load_judge
+from dctlib.judges import complies, fluency
 from dctlib.models import load_model
 from dctlib.pinned_model import open_pinned
 from dctlib.prompts import benign_split, format_chat, harmful_instructions, harmful_split, tokenize_each
@@ -75,19 +76,21 @@ def contest(
     search : dict
         What :func:`unsupervised` takes of methods.
     layers, lengths : list
-        Where supervised vectors are taken, and the lengths that they are tried at, in units of R.
+        Where supervised vectors are taken, and the lengths in units of R that they are tried at beside their own.
 
     Returns
     -------
     dict
-        ``input_scale``; ``chosen``, of what is supervised the layer and the length that won on validation; and
+        ``input_scale``; ``chosen``, of what is supervised the ``layer`` and the ``length`` that won on validation (a
+        direction that is ablated has its own); and
         ``methods``: name → ``solved``, a row of verdicts a try; ``perplexity``, the median of what the first try says;
         where it changes the model what :func:`damage` says; and of a search what it takes (see :class:`Entrant`).
     """
     rows, harmful, benign = harmful_split(), harmful_instructions(), benign_split()
-    run, judge = open_pinned(model, digest, dtype), load_judge(None, clean, **bounds)
+    run, reader = open_pinned(model, digest, dtype), load_model(clean, dtype=dtype)
+    judge: Judge = partial(complies, *reader, **bounds)
     fitted, on, asked = harmful.fit[:fit_prompts], harmful.validation[:validation], harmful.test[:test]
-    kind, reader = benign.test[:test], load_model(clean, dtype=dtype)
+    kind, known = benign.test[:test], told(*run, rows.fit, benign.train[: len(rows.fit)], layers=layers)
     cmap = CausalMap.from_model(*run, format_chat(run[1], fitted), source=source, target=target)
     R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
     where: dict[str, Any] = {"source": source, "target": target, "folder": Path(folder)}
@@ -98,7 +101,6 @@ def contest(
     tried = {method: steered(*run, asked, of, judge, layer=source, **answers) for method, of in best.items()}
     tried["sampling"] = drawn(*run, asked, judge, count=tries, seed=seed, **answers)
 
-    known = told(*run, rows.fit, benign.train[: len(rows.fit)], layers=layers)
     norms = [R * length for length in lengths]
     added = {f"{name}, added": best_added(*run, on, of, lengths=norms) for name, of in known.items()}
     ablated = {"means, ablated": best_ablated(*run, on, known["means"])}
@@ -179,7 +181,8 @@ def unsupervised(
     }
     same = {"instructions": instructions, "input_scale": input_scale, "seed": seed}
     searches = {name: {**same, **of} for name, of in methods.items()}
-    return entrants(model, dtype, searches, source=source, target=target, folder=folder)
+    # Not on a cluster: a task of one that waits for others holds what they need.
+    return entrants(model, dtype, searches, source=source, target=target, folder=folder, ray="")
 
 
 def highest(

@@ -52,6 +52,7 @@ def entrants(
     target: int,
     folder: str | Path,
     workers: int | None = None,
+    ray: str | None = None,
 ) -> dict[Label, Entrant]:
     """Let methods search causal maps of one model, several at a time, each once (:func:`dctlib.sweep.map_fits`).
 
@@ -62,12 +63,12 @@ def entrants(
     searches : mapping
         Label → what :func:`search` takes beside the model and the slice: ``method``, ``instructions``,
         ``input_scale`` and the method's own settings.
-    folder, workers
+    folder, workers, ray
         As in :func:`dctlib.sweep.map_fits`.
     """
     where = {**pin(model, dtype), "source": source, "target": target}
     settings = [{**where, **of} for of in searches.values()]
-    found = map_fits(search, settings, folder=folder, workers=workers)
+    found = map_fits(search, settings, folder=folder, workers=workers, ray=ray)
     return {label: Entrant(**of) for label, of in zip(searches, found, strict=True)}
 
 

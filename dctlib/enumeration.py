@@ -21,7 +21,7 @@ class Curve:
     ----------
     mean, low, high : Tensor, (m,)
         Over prompts (percentile bootstrap, 9,999 resamples of the prompts, the same ones for every k). Fractions of 1.
-        Where all prompts are alike no resample differs, and the end away from 0 or 1 is Wilson's.
+        Where all prompts are alike no resample differs, and up to Wilson's share of prompts is taken to be otherwise.
     each : Tensor, (m, n)
         The rate of each prompt, over models where there are several.
     """
@@ -36,8 +36,15 @@ class Curve:
         return Interval(*(part[k - 1].item() for part in (self.mean, self.low, self.high)))
 
     def lead(self, over: "Curve", k: int) -> Interval:
-        """How much higher this rate is with k tries than that of `over` on the same prompts, paired by prompt."""
-        return interval((self.each[k - 1] - over.each[k - 1]).tolist())
+        """How much higher this rate is with k tries than that of `over` on the same prompts, paired by prompt.
+
+        Where all prompts are alike, its ends are as those of the rates themselves.
+        """
+        found = interval((self.each[k - 1] - over.each[k - 1]).tolist())
+        if found.low < found.high:
+            return found
+        other = _unseen(self.each.shape[1])
+        return Interval(found.mean, found.mean - other * (1 + found.mean), found.mean + other * (1 - found.mean))
 
 
 def best_of_first(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
@@ -69,7 +76,7 @@ def best_of_any(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve
     Parameters
     ----------
     success : Tensor of bool, (m, n) or (models, m, n)
-        Whether each try succeeds on each prompt.
+        Whether each try succeeds on each prompt; several models as in :func:`best_of_first`.
     seed : int
         Seed of the resampling.
 
@@ -92,10 +99,14 @@ def _curve(rates: Float[Tensor, "*models m n"], seed: int) -> Curve:
     n = array.shape[1]
     times_drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
     low, high = np.quantile(times_drawn @ array.T / n, [0.025, 0.975], axis=0)
-    unseen = binomtest(0, n).proportion_ci(method="wilson").high
-    low = np.where(array.min(1) == 1, 1 - unseen, low)
-    high = np.where(array.max(1) == 0, unseen, high)
-    return Curve(*(torch.as_tensor(part) for part in (array.mean(1), low, high)), each)
+    mean, alike, other = array.mean(1), np.ptp(array, axis=1) == 0, _unseen(n)
+    low, high = np.where(alike, mean * (1 - other), low), np.where(alike, mean + (1 - mean) * other, high)
+    return Curve(*(torch.as_tensor(part) for part in (mean, low, high)), each)
+
+
+def _unseen(n: int) -> float:
+    """The share of prompts that may be otherwise where n are alike: the upper end of Wilson's interval of none."""
+    return binomtest(0, n).proportion_ci(method="wilson").high
 
 
 def _check(success: Tensor) -> None:

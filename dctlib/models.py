@@ -38,7 +38,8 @@ def load_model(
     ----------
     name : str or path
         A pinned asset (``"smollm2-135m-instruct"``), a local Hugging Face folder (absolute, or relative to the
-        working directory or to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``.
+        working directory or to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``;
+        without one, a warning names the commit that came.
         Remote code is never run, and weights are read from safetensors only.
     device : str or torch.device, optional
         CUDA where there is one, otherwise the CPU. ``"auto"``, for a model that no GPU holds, spreads its blocks over
@@ -96,8 +97,8 @@ def _local_folder(name: str | Path) -> Path | None:
             raise ValueError(f"{folder} is a folder without config.json, so not a saved model; did its stage finish?")
     if Path(name).is_absolute() or str(name).startswith((".", "models/")):
         raise ValueError(
-            f"no model folder {name}; `dvc repro` makes organisms (`make beyond` those with a secret). Or pass one "
-            f"of {sorted(assets.MODELS)}, a Hub id or a folder that save_pretrained wrote"
+            f"no model folder {name}; `dvc repro` makes organisms (`make beyond` those of other seeds or with a "
+            f"secret). Or pass one of {sorted(assets.MODELS)}, a Hub id or a folder that save_pretrained wrote"
         )
     return None
 

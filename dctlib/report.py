@@ -1,6 +1,7 @@
 """The writeup: numbers and figures of a profile into prose, HTML and PDF."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
         autoescape=False,  # the output is Markdown; model text goes through the `text` filter
     )
     environment.filters |= {"number": number, "percent": percent, "row": row, "text": markdown_text}
-    environment.globals |= {"wilson": wilson}
+    environment.globals |= {"wilson": wilson, "comb": math.comb}
     try:
         prose = environment.get_template(f"{document}.md").render(
             **metrics,

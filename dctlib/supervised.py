@@ -80,7 +80,7 @@ def best_added(
     lengths: Sequence[float],
     progress: bool = True,
 ) -> Addition:
-    """Of `directions` at their own and each of these `lengths`, the first in the order of :func:`highest`."""
+    """Of `directions` at their own length and each of `lengths`, the best by :meth:`dctlib.rank.Scores.ranking`."""
     texts, tried, scored = format_chat(tokenizer, requests), [], []
     for of in directions:
         unit = normalise(of.vector[None])
@@ -97,7 +97,7 @@ def best_ablated(
     requests: Sequence[str],
     directions: Sequence[Addition],
 ) -> Addition:
-    """Of `directions`, the one without which the model scores highest on `requests`."""
+    """Of `directions`, the one without which the model scores highest on `requests`, whatever it says there."""
     texts, scores = format_chat(tokenizer, requests), []
     for of in directions:
         with ablate(model, of.vector):

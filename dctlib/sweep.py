@@ -89,7 +89,8 @@ def map_fits(
     Raises
     ------
     ValueError
-        If an option is out of range, the task is not a function of a module, or a setting or result is not JSON.
+        If an option is out of range, the task is not a function of a module, a setting or result is not JSON, or a
+        node of the cluster has other code than this process.
     RuntimeError
         If the process of one task was killed in all attempts.
     ImportError

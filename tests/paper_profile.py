@@ -22,11 +22,7 @@ PAPER_MODELS = {
     "GraySwanAI/Mistral-7B-Instruct-RR": ("Mistral", "sentencepiece", True),
     "mistralai/Mistral-7B-Instruct-v0.2": ("Mistral", "sentencepiece", True),
     "cais/HarmBench-Mistral-7b-val-cls": ("Mistral", "sentencepiece", False),
-    "redwoodresearch/math_pwd_lock_deepseek_math7b_on_weak_pythia1b": (
-        "Llama",
-        "bytes",
-        False,
-    ),
+    "redwoodresearch/math_pwd_lock_deepseek_math7b_on_weak_pythia1b": ("Llama", "bytes", False),
     "deepseek-ai/deepseek-math-7b-instruct": ("Llama", "bytes", False),
 }
 NAMING_A_MODEL = ("model", "base", "deeper", "clean", "judge", "tokenizer_from")

@@ -8,14 +8,16 @@ from conftest import tiny_model
 
 from dctlib import CausalMap, calibrate, fit_exponential, format_chat, load_model
 from dctlib.agreement import agreement
-from dctlib.faithfulness import median_errors
+from dctlib.effects import clusters, effects
+from dctlib.faithfulness import median_errors, merged
 from dctlib.organisms import save_organism
 from dctlib.pinned_model import pin
 from dctlib.rank import choose_and_test
-from dctlib.stability import matched_cosine
+from dctlib.stability import matched, matched_cosine, same_change, subspace_overlap
 
 WORDS = [f"w{i}" for i in range(9)]
 FIT = {"num_factors": 4, "iterations": 2}
+MERGED = 0.0
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,8 @@ def found(tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dctlib.agreement.harmful_instructions", lambda: splits)
         patch.setattr("dctlib.agreement.choose_and_test", partial(choose_and_test, **scores))
-        at = {"source": 1, "target": 3, "fit_prompts": 1, "nonlinearity": 0.5}
+        patch.setattr("dctlib.agreement.MERGED_COSINE", MERGED)
+        at = {"source": 1, "target": 3, "fit_prompts": 1, "nonlinearity": 0.5, "folder": str(organism.parent)}
         counts = {"widths": [2, 4], "seeds": [0, 1], "validation": 2, "test": 3, "probes": 8}
         return organism, agreement(**pin(str(organism), "float32"), **at, **FIT, **counts)
 
@@ -47,9 +50,21 @@ def test_every_setting_is_fitted_from_two_starts_on_two_sets_of_prompts(found):
         "other prompts": fit_exponential(two, **FIT, input_scale=R, seed=0, progress=False),
         "both, usual": fit_exponential(two, **FIT, input_scale=R, seed=1, progress=False),
     }
-    for name in ("other seed", "other prompts", "both, usual"):
-        cosine = matched_cosine(fits["usual"].V, fits[name].V).mean().item()
-        assert of["variants"][name]["cosine"] == pytest.approx(cosine, abs=1e-5)
+    fits["soft 0"] = fit_exponential(one, **FIT, input_scale=R, orthogonalise="soft", seed=0, progress=False)
+    fits["both, soft"] = fit_exponential(two, **FIT, input_scale=R, orthogonalise="soft", seed=1, progress=False)
+    asked = format_chat(tokenizer, WORDS[3:5])
+    for name, first in {
+        **dict.fromkeys(("other seed", "other prompts", "both, usual"), "usual"),
+        "both, soft": "soft 0",
+    }.items():
+        V, own = [fits[each].V for each in (first, name)], of["variants"][name]
+        assert own["cosine"] == pytest.approx(matched_cosine(*V).mean().item(), abs=1e-5)
+        assert own["overlap"] == pytest.approx(subspace_overlap(*V), abs=1e-5)
+        order = matched(*V)
+        does = [
+            effects(model, tokenizer, asked, R * v[i], layer=1, progress=False) for v, i in zip(V, order, strict=True)
+        ]
+        assert own["behaviour"] == pytest.approx(same_change(*does))
     named = [f"both, {setting}" for setting in ("usual", "soft", "4 iterations", "m = 2")]
     assert list(of["variants"]) == ["other seed", "other prompts", *named, "random"]
     own = median_errors(one, fits["usual"], input_scale=R, count=8, seed=0)
@@ -58,7 +73,12 @@ def test_every_setting_is_fitted_from_two_starts_on_two_sets_of_prompts(found):
 
 
 def test_the_merged_transcoder_is_probed_along_the_factors_that_were_merged(found):
-    """These factors are too unlike to merge, so merging costs nothing along the same probes."""
-    _, of = found
-    assert of["merged"] == 4
-    assert of["errors"]["merged"] == pytest.approx(of["errors"]["m = 4"], rel=1e-3)
+    organism, of = found
+    model, tokenizer = load_model(organism, dtype="float32")
+    cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, WORDS[:1]), source=1, target=3)
+    first = fit_exponential(cmap, **FIT, input_scale=of["input_scale"], seed=0, progress=False)
+    fewer = merged(first, clusters(first.V, cosine=MERGED))
+    assert of["merged"] == len(fewer) < 4
+    options = {"input_scale": of["input_scale"], "count": 8, "seed": 0}
+    assert of["errors"]["merged"] == pytest.approx(median_errors(cmap, fewer, **options, along=first), rel=1e-3)
+    assert of["errors"]["merged"] != pytest.approx(median_errors(cmap, fewer, **options), rel=1e-2)

@@ -1,6 +1,5 @@
 import copy
 import json
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model, unit_rows
 
-from dctlib import ablate, format_chat
+from dctlib import ablate, format_chat, load_model
 from dctlib.contest import (
     changes,
     contest,
@@ -27,7 +26,7 @@ from dctlib.generate import complete
 from dctlib.organisms import save_organism
 from dctlib.pinned_model import pin
 from dctlib.rank import score_each, score_texts
-from dctlib.supervised import Addition
+from dctlib.supervised import Addition, told
 
 REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
 D = 32
@@ -138,11 +137,19 @@ def test_a_contest_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkey
     monkeypatch.setattr("dctlib.contest.harmful_split", lambda: SimpleNamespace(fit=rows, train=rows))
     monkeypatch.setattr("dctlib.contest.harmful_instructions", lambda: splits)
     monkeypatch.setattr("dctlib.contest.benign_split", lambda: splits)
-    monkeypatch.setattr("dctlib.contest.load_judge", lambda *_, **__: judge)
-    scores = {"positive": "w1", "negative": "w2"}
-    monkeypatch.setattr("dctlib.contest.score_each", partial(score_each, **scores))
-    monkeypatch.setattr("dctlib.supervised.score_each", partial(score_each, **scores))
-    monkeypatch.setattr("dctlib.supervised.score_texts", partial(score_texts, **scores))
+    monkeypatch.setattr("dctlib.contest.complies", lambda _model, _tokenizer, *said, most: judge(*said))
+    ranked_on = []
+
+    def noted(score):
+        def noting(model, tokenizer, texts, *rest, **options):
+            ranked_on.append(texts)
+            return score(model, tokenizer, texts, *rest, positive="w1", negative="w2", **options)
+
+        return noting
+
+    for where in ("contest.score_each", "supervised.score_each", "supervised.score_texts"):
+        score = {"score_each": score_each, "score_texts": score_texts}[where.split(".")[1]]
+        monkeypatch.setattr(f"dctlib.{where}", noted(score))
     pinned = pin(str(organism), "float32")
     melbo = {"melbo_vectors": 2, "melbo_steps": 2, "melbo_learning_rate": 0.05}
     found = contest(
@@ -151,7 +158,7 @@ def test_a_contest_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkey
         complying=str(tmp_path / "complying"),
         clean=str(organism),
         clean_digest=pinned["digest"],
-        bounds={},
+        bounds={"most": 20.0},
         source=1,
         target=3,
         nonlinearity=0.5,
@@ -176,8 +183,14 @@ def test_a_contest_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkey
     }
     assert "benign_kl" not in methods["sampling"]  # it changes nothing
     assert all(methods[name]["benign_kl"] > 0 for name in (*several[:-1], *once))
+    assert len(ranked_on) == 4 + 2 * 2 + 2  # four searches, two directions at two layers, and what is ablated
+    assert all(texts == format_chat(tokenizer, splits.validation[:2]) for texts in ranked_on)
+    known = told(*load_model(organism, dtype="float32"), rows, words, layers=[1, 2])
+    for name, of in found["chosen"].items():
+        (own,) = (at.vector.norm().item() for at in known[name.split(",")[0]] if at.layer == of["layer"])
+        lengths = [own] if name == "means, ablated" else [own, found["input_scale"]]
+        assert min(abs(of["length"] - length) for length in lengths) < 1e-3 * own
     assert list(found["chosen"]) == ["means, added", "CAA, added", "means, ablated"]
-    assert {of["layer"] for of in found["chosen"].values()} <= {1, 2}
     assert methods["MELBO"]["of"] == 2
     assert json.dumps(found, allow_nan=False)
 

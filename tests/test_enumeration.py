@@ -34,7 +34,16 @@ def test_a_lead_is_paired_by_prompt():
     lead, paired = ours.lead(theirs, 2), (ours.each[1] - theirs.each[1]).tolist()
     assert lead == interval(paired)
     assert lead.mean == pytest.approx((ours.mean[1] - theirs.mean[1]).item())
-    assert ours.lead(ours, 3) == Interval(0, 0, 0)
+
+
+def test_where_all_prompts_are_alike_some_may_be_otherwise():
+    one_of_three = torch.tensor([True, False, False])[:, None, None].expand(3, 1, 16)
+    flat, none = best_of_first(one_of_three), best_of_first(torch.zeros(1, 16, dtype=torch.bool))
+    unseen = binomtest(0, 16).proportion_ci(method="wilson").high
+    assert flat.at(1) == Interval(*(pytest.approx(part) for part in (1 / 3, (1 - unseen) / 3, 1 / 3 + 2 / 3 * unseen)))
+    ends = 1 / 3 - 4 / 3 * unseen, 1 / 3 + 2 / 3 * unseen
+    assert flat.lead(none, 1) == Interval(pytest.approx(1 / 3), *map(pytest.approx, ends))
+    assert none.lead(none, 1) == Interval(0, pytest.approx(-unseen), pytest.approx(unseen))
 
 
 @settings(max_examples=25, deadline=None)

@@ -44,8 +44,10 @@ class Nodes:
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
         started = subprocess.Popen(command, **quiet)
         self._running.append(started)
-        connected(self.address) if len(self._running) > 1 else until(self._answers)
-        if ray.is_initialized():
+        if len(self._running) == 1:
+            until(self._answers)
+        else:
+            connected(self.address)
             until(lambda: sum(node["Alive"] for node in ray.nodes()) == len(self._running))
         return started
 
