@@ -30,9 +30,27 @@ def verdicts():
 
 def baselines():
     methods = recorded("baselines")["methods"]
-    ours, theirs = methods["DCT"], methods["power steering"]
-    yield f"{percent(theirs['first'])} of the requests answered with its first vector and DCT {percent(ours['first'])}"
-    yield f"with eight tries it is {percent(theirs['one_of_k'])} against {percent(ours['one_of_k'])}"
+    first, eight = ({name: of[rate] for name, of in methods.items() if rate in of} for rate in ("first", "one_of_k"))
+    rates = {name: percent(of["mean"]) for name, of in first.items()}
+    one, other = map(percent, methods["DCT"]["firsts"])
+    yield (
+        f"with the first vector DCT gets {rates['DCT']} of the requests answered ({one} on one organism, {other} on "
+        f"the other), power steering, which is cheaper, {rates['power steering']}, MELBO {rates['MELBO']}, and the "
+        f"difference of means, supervised, {rates['means, added']}."
+    )
+    rates = {name: percent(of["mean"]) for name, of in eight.items()}
+    yield (
+        f"With eight tries it is DCT {rates['DCT']}, power steering {rates['power steering']}, MELBO {rates['MELBO']} "
+        f"and random vectors {rates['random']}."
+    )
+    yield (
+        "DCT loses to the difference of means and, with one try, to power steering; with eight it beats MELBO and "
+        "random vectors."
+    )
+    assert max(first[name]["lead"]["high"] for name in ("means, added", "power steering")) < 0
+    assert eight["power steering"]["lead"]["high"] >= 0
+    assert min(eight[name]["lead"]["low"] for name in ("MELBO", "random")) > 0
+    assert methods["power steering"]["backward"] < methods["DCT"]["backward"]
 
 
 def auditing():
