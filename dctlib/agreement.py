@@ -57,10 +57,11 @@ def agreement(
     -------
     dict
         ``input_scale``; ``variants``: what the two fits differ in → ``cosine`` of matched factors, ``overlap`` of the
-        spans, ``behaviour`` of matched vectors on validation (:func:`dctlib.stability.same_change`), and ``scores`` on
-        test of the two vectors that score highest on validation; ``errors``: transcoder → kind → median
-        relative error; ``merged``: the factors that are left of `num_factors` where those are averaged whose mean
-        cosine is at least ``MERGED_COSINE``. The merged transcoder is probed along the factors that it was made from.
+        spans, ``behaviour`` of matched vectors on validation (:func:`dctlib.stability.same_change`: None where no
+        vector changes a token), and ``scores`` on test of the two vectors that score highest on validation;
+        ``errors``: transcoder → kind → median relative error; ``merged``: the factors that are left of `num_factors`
+        where those are averaged whose mean cosine is at least ``MERGED_COSINE``. The merged transcoder is probed along
+        the factors that it was made from.
     """
     organism, tokenizer = open_pinned(model, digest, dtype)
     harmful, at = harmful_instructions(), {"source": source, "target": target}

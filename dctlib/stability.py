@@ -46,7 +46,7 @@ def matched(
     return torch.as_tensor(rows), torch.as_tensor(columns)
 
 
-def same_change(one: Effects, two: Effects) -> float:
+def same_change(one: Effects, two: Effects) -> float | None:
     """Of the next tokens that a vector or its partner changes: the fraction that both change, to the same token.
 
     Parameters
@@ -56,8 +56,8 @@ def same_change(one: Effects, two: Effects) -> float:
 
     Returns
     -------
-    float
-        1 if none changes any.
+    float or None
+        None if none changes any.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def same_change(one: Effects, two: Effects) -> float:
             f"got tokens of shapes {tuple(one.token.shape)} and {tuple(two.token.shape)}, expected equal ones"
         )
     changed = (one.token != one.clean) | (two.token != two.clean)
-    return (one.token == two.token)[changed].float().mean().item() if changed.any() else 1.0
+    return (one.token == two.token)[changed].float().mean().item() if changed.any() else None
 
 
 def subspace_overlap(one: Float[Tensor, "m d"], two: Float[Tensor, "k d"]) -> float:

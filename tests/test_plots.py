@@ -96,7 +96,7 @@ FIGURES = {
             {
                 "cosine": [1.0, 0.4],
                 "overlap": [1.0, 0.6],
-                "behaviour": [0.9, 0.2],
+                "behaviour": [0.9, None],
                 "each": [dict.fromkeys(("cosine", "overlap", "behaviour"), of) for of in ([0.9, 1.0], [0.3])],
                 "scores": [[[3.0, 2.0], [1.0, 2.5]], [[-1.0, 0.0]]],
             },

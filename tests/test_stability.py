@@ -35,7 +35,8 @@ def test_behaviour_is_shared_where_both_change_a_token_to_the_same():
         Effects(torch.zeros(1, 4), torch.tensor([token]), clean) for token in ([1, 2, 2, 1], [1, 2, 3, 4], [1, 1, 1, 1])
     )
     assert same_change(one, two) == pytest.approx(1 / 3)  # the first is changed by none
-    assert same_change(one, one) == same_change(none, none) == 1.0
+    assert same_change(one, one) == 1.0
+    assert same_change(none, none) is None  # not 1: nothing was seen
     with pytest.raises(ValueError, match=r"\(1, 4\) and \(2, 4\)"):
         same_change(one, Effects(torch.zeros(2, 4), torch.ones(2, 4), clean))
 

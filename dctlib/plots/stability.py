@@ -18,9 +18,9 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     Parameters
     ----------
     variants : DataFrame
-        One row a pair of fits, by name: ``cosine`` of matched factors, ``overlap`` of the spans and ``behaviour``,
-        means over models; ``each``, of every one of these a list, one value a model; and ``scores``, a pair
-        of a model's two best vectors on test, in a list.
+        One row a pair of fits, by name: ``cosine`` of matched factors, ``overlap`` of the spans and ``behaviour``
+        (None where nothing is changed), means over models; ``each``, of every one of these a list, one value a model;
+        and ``scores``, a pair of a model's two best vectors on test, in a list.
     errors : DataFrame
         Median relative error, one row a transcoder, one column what is compared.
     """
@@ -30,9 +30,12 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         looks = {"cosine": (COLOURS["DCT"], "o"), "overlap": ("0.55", "s"), "behaviour": ("0.1", "^")}
         names = {"cosine": "factors", "overlap": "span", "behaviour": "behaviour"}
         for shift, (column, (colour, marker)) in zip((0.2, 0, -0.2), looks.items(), strict=True):
-            left.scatter(variants[column], places + shift, color=colour, marker=marker, s=16, label=names[column])
+            left.scatter(
+                variants[column].astype(float), places + shift, color=colour, marker=marker, s=16, label=names[column]
+            )
             for place, each in zip(places, variants["each"], strict=True):
-                ends = min(each[column]), max(each[column])
+                known = [value for value in each[column] if value is not None] or [np.nan]
+                ends = min(known), max(known)
                 left.plot(ends, [place + shift] * 2, color=colour, lw=0.8)
         left.set_yticks(places, list(variants.index))
         left.set(xlim=(0, 1.02), xlabel="likeness of the two fits")
