@@ -64,7 +64,7 @@ def agreement(
         the factors that it was made from.
     """
     organism, tokenizer = open_pinned(model, digest, dtype)
-    harmful, at = harmful_instructions(), {"source": source, "target": target}
+    harmful, at = harmful_instructions(), dict[str, Any](source=source, target=target)
     texts = format_chat(tokenizer, harmful.fit)
     asked, tested = (format_chat(tokenizer, of) for of in (harmful.validation[:validation], harmful.test[:test]))
     maps = [CausalMap.from_model(organism, tokenizer, of, **at) for of in (texts[:fit_prompts], texts[-fit_prompts:])]

@@ -101,7 +101,7 @@ def _curve(rates: Float[Tensor, "*models m n"], seed: int) -> Curve:
     low, high = np.quantile(times_drawn @ array.T / n, [0.025, 0.975], axis=0)
     mean, alike, other = array.mean(1), np.ptp(array, axis=1) == 0, _unseen(n)
     low, high = np.where(alike, mean * (1 - other), low), np.where(alike, mean + (1 - mean) * other, high)
-    return Curve(*(torch.as_tensor(part) for part in (mean, low, high)), each)
+    return Curve(*(torch.as_tensor(part) for part in (mean, low, high)), each=each)
 
 
 def _unseen(n: int) -> float:

@@ -1,6 +1,7 @@
 import json
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dctlib.rank import choose_and_test
 from dctlib.stability import matched, matched_cosine, same_change, subspace_overlap
 
 WORDS = [f"w{i}" for i in range(9)]
-FIT = {"num_factors": 4, "iterations": 2}
+FIT: dict[str, Any] = {"num_factors": 4, "iterations": 2}
 MERGED = 0.0
 
 
