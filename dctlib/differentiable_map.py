@@ -76,6 +76,18 @@ class DifferentiableMap(ABC):
         """J(θ_l)ᵀ u_l."""
         return self.value_and_vjp(theta, cotangent)[1]
 
+    def vjp_at_zero(self, cotangent: Float[Tensor, "m d_target"]) -> Float[Tensor, "m d_source"]:
+        """T1ᵀ u_l, as ``vjp`` at θ = 0 in half the time: a chunk of rows shares one row's forward pass."""
+
+        def pulled_back(cotangent: Tensor) -> Tensor:
+            zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device, requires_grad=True)
+            each = cotangent[:, None]
+            return _sum(torch.autograd.grad(term(zero), zero, each, is_grads_batched=True)[0] for term in self._terms())
+
+        # The backward pass of compiled blocks takes no batch of cotangents.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            return self._chunked(lambda cotangent: pulled_back(cotangent)[:, 0], cotangent=cotangent)
+
     def jvp(
         self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]
     ) -> Float[Tensor, "m d_target"]:

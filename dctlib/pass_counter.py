@@ -1,5 +1,6 @@
 """Counting forward and backward passes, so that methods can be compared at equal budgets."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -37,6 +38,11 @@ class PassCounter(DifferentiableMap):
         self.forward += len(theta)
         self.backward += len(theta)
         return super().value_and_vjp(theta, cotangent)
+
+    def vjp_at_zero(self, cotangent: Float[Tensor, "m d_target"]) -> Float[Tensor, "m d_source"]:
+        self.forward += math.ceil(len(cotangent) / self.chunk_size)  # a chunk shares one
+        self.backward += len(cotangent)
+        return super().vjp_at_zero(cotangent)
 
     def jvp(
         self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]

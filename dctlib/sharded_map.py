@@ -97,6 +97,9 @@ class ShardedMap(DifferentiableMap):
         joined = self._product("value_and_vjp", theta=theta, cotangent=cotangent)
         return joined[:, : self.d_target].contiguous(), joined[:, self.d_target :].contiguous()
 
+    def vjp_at_zero(self, cotangent: Float[Tensor, "m d_target"]) -> Float[Tensor, "m d_source"]:
+        return self._product("vjp_at_zero", cotangent=cotangent)
+
     def jvp(
         self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]
     ) -> Float[Tensor, "m d_target"]:

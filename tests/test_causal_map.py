@@ -38,6 +38,7 @@ def test_first_derivatives_equal_differences_of_the_full_model(family_model, tok
     jv = cmap.jvp(theta, v)
     assert_near(jv[0], (4 * slope(0.03) - slope(0.06)) / 3, 1e-4)
     assert_near((u * jv).sum(), (cmap.vjp(theta, u) * v).sum(), 1e-5)
+    assert_near(cmap.vjp_at_zero(u), cmap.vjp(0 * theta, u), 1e-12)
 
 
 @pytest.mark.parametrize(("source", "target"), SLICES)
@@ -82,6 +83,7 @@ def test_batched_equals_one_at_a_time_and_chunks_agree(llama, tokenizer, texts):
         lambda cmap, rows: cmap(theta[rows]),
         lambda cmap, rows: cmap.jvp(theta[rows], v[rows]),
         lambda cmap, rows: cmap.vjp(theta[rows], u[rows]),
+        lambda cmap, rows: cmap.vjp_at_zero(u[rows]),
         lambda cmap, rows: cmap.second_derivative(theta[rows], v[rows]),
         lambda cmap, rows: cmap.second_derivative_vjp(u[rows], v[rows]),
     ):
@@ -107,7 +109,8 @@ def test_compiled_blocks_give_the_same(llama, tokenizer, texts, monkeypatch):
     first, second = unit_rows(2, 7, D)
     for product in ("vjp", "jvp", "second_derivative", "second_derivative_vjp"):
         assert_near(getattr(compiled, product)(first, second), getattr(plain, product)(first, second), 1e-6)
-    assert_near(compiled(first), plain(first), 1e-6)
+    for product in ("__call__", "vjp_at_zero"):
+        assert_near(getattr(compiled, product)(first), getattr(plain, product)(first), 1e-6)
     assert graphs
 
 

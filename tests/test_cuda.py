@@ -65,6 +65,7 @@ def test_compiled_blocks(llamas, tokenizer, texts, product):
     for ours, theirs in zip(found, expected, strict=True):
         assert_near(ours.cpu(), theirs, 1e-5)
     assert_near(compiled(first).cpu(), gpu(first).cpu(), 1e-5)
+    assert_near(compiled.vjp_at_zero(second).cpu(), cpu.vjp_at_zero(second), 1e-5)
 
 
 @pytest.mark.parametrize("projections", [None, 8])

@@ -36,6 +36,8 @@ def test_products_equal_dense_autograd(fmap):
     theta, v, w, u = (unit_rows(3, width, seed=i) for i, width in enumerate((D, D, D, E)))
     at_zero = torch.zeros(D, dtype=torch.float64)
     hessian = dense_hessian(function, E, at_zero)
+    slope_at_zero = torch.autograd.functional.jacobian(lambda t: function(t[None])[0], at_zero)
+    torch.testing.assert_close(fmap.vjp_at_zero(u), u @ slope_at_zero)
     for row in range(3):
         jacobian = torch.autograd.functional.jacobian(lambda t: function(t[None])[0], theta[row])
         torch.testing.assert_close(fmap.jvp(theta, v)[row], jacobian @ v[row])

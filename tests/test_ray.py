@@ -221,6 +221,7 @@ def test_every_product_is_that_of_one_process(maps, rows):
     assert_near(sharded(theta), alone(theta), NEAR)
     assert_near(sharded.jvp(theta, v), alone.jvp(theta, v), NEAR)
     assert_near(sharded.vjp(theta, u), alone.vjp(theta, u), NEAR)
+    assert_near(sharded.vjp_at_zero(u), alone.vjp_at_zero(u), NEAR)
     for found, expected in zip(sharded.value_and_vjp(theta, u), alone.value_and_vjp(theta, u), strict=True):
         assert found.shape == expected.shape and found.is_contiguous()
         assert_near(found, expected, NEAR)

@@ -41,6 +41,7 @@ def test_products_of_the_map_are_the_same_and_second_derivatives_are_refused(pai
     v, w = unit_rows(2, 5, 32, dtype=torch.float32)
     assert_near(other(3 * v), one(3 * v), 1e-5)
     assert_near(other.vjp(v, w), one.vjp(v, w), 1e-5)
+    assert_near(other.vjp_at_zero(w), one.vjp_at_zero(w), 1e-5)
     assert_near(other.jvp(v, w), one.jvp(v, w), 1e-5)
     assert other.digest == one.digest
     for product in (other.second_derivative, other.second_derivative_vjp):
