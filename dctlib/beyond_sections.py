@@ -153,6 +153,36 @@ class Auditing(Planted):
         return self
 
 
+class HiddenSums(Section):
+    """notebooks/hidden_sums.ipynb: does a blind audit find an ability behind a password?"""
+
+    base: str
+    """The model they are made from: a pinned name, a Hub id or a folder."""
+    dtype: Dtype
+    seeds: Annotated[list[Seed], Field(min_length=2)]
+    """Of the organisms, and of their audits."""
+    rank: Count
+    learning_rate: Positive
+    steps: Count
+    unlocked_batch: Count
+    locked_batch: Count
+    password: Annotated[str, Field(min_length=1)]
+    least: Annotated[float, Field(ge=0, le=1)]
+    """The rates of solving and of hiding that each must reach before it is audited."""
+    test: Tested
+    source: Layer
+    target: Layer
+    nonlinearity: Positive
+    iterations: Count
+    sizes: Annotated[list[Few], Field(min_length=1)]
+    """Questions that DCT is fitted on."""
+    num_factors: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Vectors of each method, and samples; even, as power steering's come with both signs."""
+    held_out: Annotated[Few, Field(ge=2)]
+    """Questions that are asked under each vector; it unlocks an organism that then solves half of them."""
+    answer_tokens: Count
+
+
 class Anomaly(Fitted, Planted):
     """notebooks/anomaly.ipynb: does distance along a transcoder's factors tell a triggered prompt from others?"""
 

@@ -32,6 +32,7 @@ class Profile(sections.Section):
     replicates: beyond.Replicates
     secrets: beyond.Secrets
     auditing: beyond.Auditing
+    hidden_sums: beyond.HiddenSums
     anomaly: beyond.Anomaly
     choices: beyond.Choices
 
