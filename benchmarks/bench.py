@@ -153,6 +153,13 @@ def compiling(model: Any, tokenizer: Any, texts: list[str], rows: int) -> dict[s
     }
 
 
+def jacobian(cmap: CausalMap, rows: int) -> dict[str, Any]:
+    """Rows of the Jacobian at 0, which share their forward passes, against vjps there."""
+    u = random_vectors(rows, cmap.d_target, norm=1.0, seed=1)
+    apart = seconds(lambda: cmap.vjp(torch.zeros_like(u), u))
+    return {"jacobian_rows_against_vjps": apart / seconds(lambda: cmap.vjp_at_zero(u))}
+
+
 def growth(model: Any, tokenizer: Any, texts: list[str], cmap: CausalMap, result: dict[str, Any]) -> dict[str, Any]:
     """What the pass in `result` costs by factors, and a quarter of those by prompts and by tokens."""
     rows, (tokens,) = result["factors"], cmap.tokens
@@ -229,6 +236,7 @@ def main() -> None:
     result |= passes(model, cmap, rows)
     if device == "cuda":
         result |= compiling(model, tokenizer, texts, rows)
+    result |= jacobian(cmap, rows)
     result |= growth(model, tokenizer, texts, cmap, result)
     result |= whole_fit(cmap, rows)
     result |= scoring(model, tokenizer, texts, rows)
