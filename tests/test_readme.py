@@ -34,16 +34,19 @@ def baselines():
     rates = {name: percent(of["mean"]) for name, of in first.items()}
     each = [f"{100 * one:.0f}" for one in methods["DCT"]["firsts"]]
     yield (
-        f"with the first vector DCT gets {rates['DCT']} of the requests answered ({', '.join(each[:-1])} and {each[-1]} % "
-        f"on the organisms), power steering, which is cheaper, {rates['power steering']}, MELBO {rates['MELBO']}, and the "
-        f"difference of means, supervised, {rates['means, added']}."
+        f"with the first vector DCT gets {rates['DCT']} of the requests answered ({', '.join(each[:-1])} and "
+        f"{each[-1]} % on the organisms), power steering, which is cheaper, {rates['power steering']}, MELBO "
+        f"{rates['MELBO']}, and the difference of means, supervised, {rates['means, added']}."
     )
     rates = {name: percent(of["mean"]) for name, of in eight.items()}
     yield (
         f"With eight tries it is DCT {rates['DCT']}, power steering {rates['power steering']}, MELBO {rates['MELBO']} "
         f"and random vectors {rates['random']}."
     )
-    yield "DCT loses to power steering and to the difference of means, beats random vectors, and MELBO is not told apart from it."
+    yield (
+        "DCT loses to power steering and to the difference of means, beats random vectors, and MELBO is not told apart "
+        "from it."
+    )
     assert max(first[name]["lead"]["high"] for name in ("means, added", "power steering")) < 0
     assert eight["power steering"]["lead"]["high"] < 0
     assert min(tried["random"]["lead"]["low"] for tried in (first, eight)) > 0
