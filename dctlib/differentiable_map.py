@@ -77,7 +77,7 @@ class DifferentiableMap(ABC):
         return self.value_and_vjp(theta, cotangent)[1]
 
     def vjp_at_zero(self, cotangent: Float[Tensor, "m d_target"]) -> Float[Tensor, "m d_source"]:
-        """T1ᵀ u_l, as ``vjp`` at θ = 0 in half the time: a chunk of rows shares one row's forward pass."""
+        """T1ᵀ u_l: ``vjp`` at θ = 0, for less, as a chunk of rows shares one row's forward pass."""
 
         def pulled_back(cotangent: Tensor) -> Tensor:
             zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device, requires_grad=True)
