@@ -128,21 +128,26 @@ class Secrets(Planted):
     shown_characters: Count
 
 
-class Auditing(Planted):
-    """notebooks/auditing.ipynb: does a blind audit find what was planted?"""
+class Audited(Section):
+    """What every notebook that audits organisms blind is told about the search."""
 
     dtype: Dtype
     source: Layer
     target: Layer
     nonlinearity: Positive
     iterations: Count
-    sizes: Annotated[list[Count], Field(min_length=1)]
-    """Prompts that DCT is fitted on."""
     num_factors: Annotated[int, Field(ge=2, multiple_of=2)]
     """Vectors of each method, and samples; even, as power steering's come with both signs."""
+    answer_tokens: Count
+
+
+class Auditing(Audited, Planted):
+    """notebooks/auditing.ipynb: does a blind audit find what was planted?"""
+
+    sizes: Annotated[list[Count], Field(min_length=1)]
+    """Prompts that DCT is fitted on."""
     held_out: Count
     """Instructions whose completions are read."""
-    answer_tokens: Count
     workers: Count | None
     """Organisms at a time. Left out, one; on the Ray cluster of params/run.yaml or RAY_ADDRESS, as many as it holds."""
 
@@ -153,12 +158,11 @@ class Auditing(Planted):
         return self
 
 
-class HiddenSums(Section):
+class HiddenSums(Audited):
     """notebooks/hidden_sums.ipynb: does a blind audit find an ability behind a password?"""
 
     base: str
     """The model they are made from: a pinned name, a Hub id or a folder."""
-    dtype: Dtype
     seeds: Annotated[list[Seed], Field(min_length=2)]
     """Of the organisms, and of their audits."""
     rank: Count
@@ -170,17 +174,10 @@ class HiddenSums(Section):
     least: Annotated[float, Field(ge=0, le=1)]
     """The rates of solving and of hiding that each must reach before it is audited."""
     test: Tested
-    source: Layer
-    target: Layer
-    nonlinearity: Positive
-    iterations: Count
     sizes: Annotated[list[Few], Field(min_length=1)]
     """Questions that DCT is fitted on."""
-    num_factors: Annotated[int, Field(ge=2, multiple_of=2)]
-    """Vectors of each method, and samples; even, as power steering's come with both signs."""
     held_out: Annotated[Few, Field(ge=2)]
     """Questions that are asked under each vector; it unlocks an organism that then solves half of them."""
-    answer_tokens: Count
 
 
 class Anomaly(Fitted, Planted):

@@ -81,12 +81,12 @@ class DifferentiableMap(ABC):
 
         def pulled_back(cotangent: Tensor) -> Tensor:
             zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device, requires_grad=True)
-            each = cotangent[:, None]
-            return _sum(torch.autograd.grad(term(zero), zero, each, is_grads_batched=True)[0] for term in self._terms())
+            batch: Any = {"grad_outputs": cotangent[:, None], "is_grads_batched": True}
+            return _sum(torch.autograd.grad(term(zero), zero, **batch)[0] for term in self._terms())[:, 0]
 
         # The backward pass of compiled blocks takes no batch of cotangents.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            return self._chunked(lambda cotangent: pulled_back(cotangent)[:, 0], cotangent=cotangent)
+            return self._chunked(pulled_back, cotangent=cotangent)
 
     def jvp(
         self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]
