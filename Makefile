@@ -70,11 +70,12 @@ docs: $(READY)
 notebook: $(READY)
 	$(BIN)/jupyter lab notebooks
 
+# First all that the lock names, side by side; then what PyPI's torch asks for besides, CUDA's libraries, where it does.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dctlib needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	grep -v '^#' requirements.lock | xargs -n 60 -P 2 $(BIN)/python -m pip install --quiet --no-compile --no-deps
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable .
 	touch $(READY)
 
 # Rewrites requirements.lock with today's releases; torch stays where it is tested.
@@ -82,7 +83,7 @@ lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet torch==2.13.0
 	build/lock/bin/python -m pip install --quiet "setuptools>=77" hatchling ".[dev]"
-	{ echo "# Exact versions that dctlib is tested with. Regenerate: make lock"; build/lock/bin/python -m pip freeze --all --exclude dctlib | grep -v '^pip==' | sed 's/+cpu//'; } > requirements.lock
+	{ echo "# Exact versions that dctlib is tested with. Regenerate: make lock"; build/lock/bin/python -m pip freeze --all --exclude dctlib | grep -vE '^(pip==|nvidia-|cuda-|triton==)' | sed 's/+cpu//'; } > requirements.lock
 
 clean:
 	rm -rf build .cache runs
