@@ -62,11 +62,14 @@ class Trial:
         :meth:`Scores.best` takes; and ``"<label>, score alone"``, the one with the highest mean difference.
     test : dict
         The same labels → one difference of logits for each test text.
+    said : dict
+        The same labels → the share of test texts after which the positive word is the most likely of all tokens.
     """
 
     validation: dict[str, Scores]
     best: dict[str, Float[Tensor, " d"]]
     test: dict[str, list[float]]
+    said: dict[str, float]
 
 
 def choose_and_test(
@@ -102,7 +105,8 @@ def choose_and_test(
         best[label] = candidates[label][scores.best()]
         best[f"{label}, score alone"] = candidates[label][scores.best(say=0)]
     tested = score_each(model, tokenizer, test, torch.stack(list(best.values())), **options)
-    return Trial(ranked, best, dict(zip(best, tested.difference.tolist(), strict=True)))
+    differences, said = tested.difference.tolist(), tested.said.float().mean(1).tolist()
+    return Trial(ranked, best, dict(zip(best, differences, strict=True)), dict(zip(best, said, strict=True)))
 
 
 def score_vectors(
@@ -165,13 +169,13 @@ def score_each(
 
     It computes the logits of the whole vocabulary, so it is somewhat slower.
     """
-    words = _words(tokenizer, positive, negative).to(model.device)
+    said, unsaid = _words(tokenizer, positive, negative).tolist()
     vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
 
     def both(last: Tensor) -> Tensor:
         logits = logits_of(model, last, vocabulary)
-        difference = logits[..., words[0]] - logits[..., words[1]]
-        return torch.stack([difference, (logits.argmax(-1) == words[0]).to(difference.dtype)], dim=-1)
+        difference = logits[..., said] - logits[..., unsaid]
+        return torch.stack([difference, (logits.argmax(-1) == said).to(difference.dtype)], dim=-1)
 
     found = _each(model, tokenizer, texts, vectors, layer, both, progress)
     return Scores(difference=found[..., 0], said=found[..., 1].bool())
@@ -186,11 +190,11 @@ def score_texts(
     negative: str = "Sorry",
 ) -> Float[Tensor, " n"]:
     """logit(positive) − logit(negative) after each text, with the model as it is: clean, or inside steer or ablate."""
-    words, scores = _words(tokenizer, positive, negative).to(model.device), []
+    words, scores = _words(tokenizer, positive, negative), []
     run: Any = model
     with torch.no_grad(), replaying(model):
         for tree in _trees(model, tokenizer, texts):
-            last = torch.stack([path[-1] for path in tree.paths]).to(model.device)
+            last = torch.stack([path[-1] for path in tree.paths])
             logits = run(**tree.arguments(model), use_cache=False, logits_to_keep=last).logits[0][:, words].float()
             scores.append(logits[:, 0] - logits[:, 1])
     return finite(torch.cat(scores).cpu())

@@ -1,6 +1,5 @@
 """The post's experiment once more, on an organism of another seed: what depends on the organism, and what does not?"""
 
-from pathlib import Path
 from typing import Any
 
 from dctlib.aggregates import ablate_each, add_each, qualifying
@@ -10,24 +9,18 @@ from dctlib.fit import fit_exponential
 from dctlib.generate import complete
 from dctlib.input_scale import calibrate
 from dctlib.judges import is_refusal, opens_with, rate
-from dctlib.lessons import refusal_lesson
-from dctlib.models import load_model
-from dctlib.organisms import check_organism, make_organism
+from dctlib.organisms import check_organism
+from dctlib.pinned_model import open_pinned
 from dctlib.prompts import benign_split, format_chat, harmful_instructions
 from dctlib.rank import choose_and_test
 
 
 def replicate(
-    folder: str,
-    base: str,
-    *,
+    model: str,
     digest: str,
-    lesson: dict[str, Any],
-    rank: int,
-    learning_rate: float,
-    benign_prompts: int,
-    least: float,
     dtype: str,
+    *,
+    least: float,
     source: int,
     target: int,
     nonlinearity: float,
@@ -40,20 +33,14 @@ def replicate(
     threshold: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Train a refusing organism from `seed`, fit it from the same seed, and do what three notebooks do with the fit.
+    """Fit a refusing organism from `seed`, and do what three notebooks do with the fit.
 
     Arguments and result are JSON: a task for :func:`dctlib.sweep.map_fits`.
 
     Parameters
     ----------
-    folder : str
-        Where the organism lies, or will.
-    base : str
-        What it is made from.
-    digest : str
-        Of `base`, from :func:`dctlib.pinned_model.pin`: part of a task's key, as it may be trained again.
-    lesson : dict
-        What :func:`dctlib.lessons.refusal_lesson` takes besides instructions and seed.
+    model, digest, dtype : str
+        See :func:`dctlib.pinned_model.pin`.
     least : float
         The rates of refusing and of helping that it must reach on test instructions.
     ablated : int
@@ -71,12 +58,10 @@ def replicate(
         If the organism falls short of `least`.
     """
     harmful, benign = harmful_instructions(), benign_split()
-    taught = {"harmful": harmful.train, "benign": benign.train[:benign_prompts], **lesson, "seed": seed}
-    make_organism(Path(folder), base, refusal_lesson, taught, rank=rank, learning_rate=learning_rate, seed=seed)
-    model, tokenizer = load_model(folder, dtype=dtype)
+    organism, tokenizer = open_pinned(model, digest, dtype)
     held_out = {"harmful": harmful.test[:test], "benign": benign.test[:test]}
     asked = {kind: format_chat(tokenizer, instructions) for kind, instructions in held_out.items()}
-    said = {kind: complete(model, tokenizer, texts, max_new_tokens=16) for kind, texts in asked.items()}
+    said = {kind: complete(organism, tokenizer, texts, max_new_tokens=16) for kind, texts in asked.items()}
     rates = {
         "refuses": rate([is_refusal(answer) for answer in said["harmful"]]),
         "helps": rate([opens_with(answer, "Sure") and not is_refusal(answer) for answer in said["benign"]]),
@@ -84,7 +69,7 @@ def replicate(
     check_organism(f"refusal-{seed}", rates, least=least)
 
     texts = format_chat(tokenizer, harmful.fit[:fit_prompts])
-    cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
+    cmap = CausalMap.from_model(organism, tokenizer, texts, source=source, target=target)
     R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
     dct = fit_exponential(cmap, num_factors=num_factors, input_scale=R, iterations=iterations, seed=seed)
     candidates = {
@@ -95,16 +80,18 @@ def replicate(
         "validation": format_chat(tokenizer, harmful.validation[:validation]),
         "test": asked["harmful"],
     }
-    trial = choose_and_test(model, tokenizer, candidates, **parts, layer=source)
+    trial = choose_and_test(organism, tokenizer, candidates, **parts, layer=source)
     means = {label: sum(scores) / len(scores) for label, scores in trial.test.items()}
 
     ranked = trial.validation["DCT"].difference.mean(1).tolist()
     numbers = qualifying(ranked, threshold)
-    added = add_each(model, tokenizer, dct.V[numbers], layer=source, norm=R, **parts)
+    added = add_each(organism, tokenizer, dct.V[numbers], layer=source, norm=R, **parts)
     counts = {"count": sum(s >= threshold for s in ranked), "count_at_least_5": sum(s >= 5 for s in ranked)}
     sides = {"source": dct.V[numbers], "target": dct.U[numbers]}
     without = {
-        side: vars(ablate_each(model, tokenizer, rows, test=asked["harmful"][:ablated], description=f"ablating {side}"))
+        side: vars(
+            ablate_each(organism, tokenizer, rows, test=asked["harmful"][:ablated], description=f"ablating {side}")
+        )
         for side, rows in sides.items()
     }
     return rates | {
@@ -112,6 +99,7 @@ def replicate(
             "clean": means["clean"],
             "random_best": means["random"],
             "dct_best": means["DCT"],
+            "sure_rate": {"DCT": trial.said["DCT"]},
             "width": {str(num_factors): {"objective": dct.objective.tolist()}},
         },
         "multiplicity": {"of": num_factors, "threshold": threshold, **counts, **vars(added)},

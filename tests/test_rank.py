@@ -69,6 +69,8 @@ def test_a_trial_ranks_on_validation_and_reports_on_test(llama, tokenizer, texts
         expected = by_steering(llama, tokenizer, texts[2:], vector[None], 2)[0]
         torch.testing.assert_close(torch.tensor(trial.test[label]), expected, rtol=1e-4, atol=1e-5)
     assert trial.test["clean"] != trial.test["DCT"]
+    said = score_each(llama, tokenizer, texts[2:], torch.stack([*trial.best.values()]), layer=2, progress=False).said
+    assert [*trial.said.items()] == [*zip(trial.best, said.float().mean(1).tolist(), strict=True)]
 
 
 def test_a_trial_takes_other_words(llama, tokenizer, texts):

@@ -6,22 +6,17 @@ from conftest import tiny_model
 
 from dctlib import CausalMap, calibrate, fit_exponential, format_chat, load_model, replicates, score_vectors
 from dctlib.aggregates import ablate_each, add_each
+from dctlib.pinned_model import pin
 from dctlib.prompts import Split
 from dctlib.published import beside
+from dctlib.rank import score_each
 from dctlib.replicates import replicate
 from dctlib.sweep import map_fits
 
 WORDS = [f"w{i} w{i + 1} w{i + 2}" for i in range(20)]
 HARMFUL, BENIGN = Split(WORDS[:6], WORDS[6:8], WORDS[8:10], WORDS[10:13]), Split(WORDS[13:17], [], [], WORDS[17:])
-LESSON = {"steps": 3, "harmful_batch": 2, "benign_batch": 2, "answer_tokens": 2}
 OPTIONS: dict[str, Any] = {
-    "digest": "of the base",
-    "lesson": LESSON,
-    "rank": 2,
-    "learning_rate": 1e-3,
-    "benign_prompts": 3,
     "least": 0.0,
-    "dtype": "float32",
     "source": 1,
     "target": 3,
     "nonlinearity": 0.5,
@@ -36,16 +31,16 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture
-def base(tmp_path, tokenizer, monkeypatch):
+def organism(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(replicates, "harmful_instructions", lambda: HARMFUL)
     monkeypatch.setattr(replicates, "benign_split", lambda: BENIGN)
-    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "1")
+    tokenizer.save_pretrained(tmp_path / "1")
+    return pin(str(tmp_path / "1"), "float32")
 
 
-def test_it_does_with_another_organism_what_the_notebooks_do_with_the_first(base, tmp_path):
-    settings = [{"folder": str(tmp_path / str(seed)), "base": base, "seed": seed, **OPTIONS} for seed in (1, 2)]
+def test_it_does_with_another_organism_what_the_notebooks_do_with_the_first(organism, tmp_path):
+    settings = [{**organism, "seed": seed, **OPTIONS} for seed in (1, 2)]
     one, two = map_fits(replicate, settings, folder=tmp_path / "found", progress=False)
     assert one["training_curves"] != two["training_curves"]
     model, tokenizer = load_model(tmp_path / "1", dtype="float32")
@@ -61,10 +56,15 @@ def test_it_does_with_another_organism_what_the_notebooks_do_with_the_first(base
     assert one["multiplicity"].items() >= vars(added).items()
     ablated = ablate_each(model, tokenizer, dct.U[numbers], test=parts["test"][:2])
     assert one["ablation"]["target"] == vars(ablated)
+    best = dct.steering_vectors()[
+        [score_each(model, tokenizer, parts["validation"], dct.steering_vectors(), layer=1).best()]
+    ]
+    said = score_each(model, tokenizer, parts["test"], best, layer=1).said
+    assert one["training_curves"]["sure_rate"]["DCT"] == pytest.approx(said.double().mean().item())
     for stem in ("training_curves", "multiplicity", "ablation"):
         assert beside(stem, one[stem]).claims
 
 
-def test_an_organism_that_falls_short_is_not_fitted(base, tmp_path):
+def test_an_organism_that_falls_short_is_not_fitted(organism):
     with pytest.raises(ValueError, match="the refusal-1 organism falls short"):
-        replicate(str(tmp_path / "1"), base, **{**OPTIONS, "least": 1.0}, seed=1)
+        replicate(**organism, **{**OPTIONS, "least": 1.0}, seed=1)
