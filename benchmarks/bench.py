@@ -221,7 +221,9 @@ def peers(model: Any, tokenizer: Any, texts: list[str], result: dict[str, Any]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the work, to see that it runs: nothing is kept"
+    )
     quick = parser.parse_args().quick
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,10 +244,11 @@ def main() -> None:
     result |= scoring(model, tokenizer, texts, rows)
     result |= completing(model, tokenizer, texts)
     result |= peers(model, tokenizer, texts, result)
-    folder = Path(__file__).parent / "results"
-    write_json(folder / f"{device}.json", result)
-    with whole(folder / f"{device}.md") as partial:
-        partial.write_text(table(result), encoding="utf-8")
+    if not quick:
+        folder = Path(__file__).parent / "results"
+        write_json(folder / f"{device}.json", result)
+        with whole(folder / f"{device}.md") as partial:
+            partial.write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.models import finished, replaying
 from dctlib.prompt_tree import PromptTree, plant
+from dctlib.prompts import tokenize
 
 _MOST_TOKENS = 1024  # one run of a tree, and not one for every factor: few large products are the fastest
 
@@ -30,7 +31,7 @@ def plant_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[tuple[PromptTree, list[int]]]:
     """Examples in order, as the trees of :func:`dctlib.prompt_tree.plant`, and where in each path its answer begins."""
-    prompts = [tokenizer.encode(example.prompt, add_special_tokens=False) for example in examples]
+    prompts = [tokenize(tokenizer, example.prompt)[0].tolist() for example in examples]
     ends = [[tokenizer.eos_token_id] if example.ends else [] for example in examples]
     answers = [tokenizer.encode(example.answer, add_special_tokens=False) for example in examples]
     rows = [torch.tensor([[*p, *a, *end]]) for p, a, end in zip(prompts, answers, ends, strict=True)]

@@ -63,6 +63,8 @@ class Stability(Fitted):
     """The organisms that every setting is fitted to, each a folder or a name as elsewhere."""
     dtype: Dtype
     validation: Few
+    fit_prompts: Annotated[int, Field(ge=1, le=16, strict=True)]
+    """Of each fit: half of a split's, so that other prompts are others."""
     seeds: Annotated[list[Seed], Field(min_length=2, max_length=2)]
     """Of the two fits of every setting."""
     widths: Annotated[list[Count], Field(min_length=1)]

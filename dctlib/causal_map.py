@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class FunctionMap(DifferentiableMap):
 
 @dataclass(frozen=True)
 class Capture:
-    """A run of some prompts, stopped at a block: what is needed to replay the blocks that follow.
+    """A run of some prompts: what is needed to replay a slice of blocks.
 
     Attributes
     ----------
@@ -255,9 +256,10 @@ class CausalMap(DifferentiableMap):
             `positions`, the activations are not finite, or `device` is given and blocks are offloaded.
         """
         count = len(blocks_of(model))
-        check_layer(model, source, name="source")
-        if not isinstance(target, int) or not source < target <= count:
+        source = check_layer(model, source, name="source")
+        if not isinstance(target, Integral) or not source < target <= count:
             raise ValueError(f"got source={source}, target={target!r}, expected source < target <= {count}")
+        target = int(target)
         if positions < 1 or (chunk_size is not None and chunk_size < 1) or (memory is not None and memory <= 0):
             raise ValueError(
                 f"got positions={positions}, chunk_size={chunk_size}, memory={memory}, expected at least 1, at "

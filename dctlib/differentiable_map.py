@@ -144,17 +144,18 @@ class DifferentiableMap(ABC):
                 except torch.OutOfMemoryError:
                     part = None  # and no longer a traceback, which would keep what did not fit
                 if part is None:
-                    self._halve_chunk()
+                    self._halve_chunk(len(ready[0]) - first)
                 else:
                     done.append(part)
                     first += len(part)
         return torch.cat(done)
 
-    def _halve_chunk(self) -> None:
-        """After an out-of-memory error, go on with smaller chunks, or say what to change."""
-        if self.chunk_size == 1:
+    def _halve_chunk(self, rows: int) -> None:
+        """After an out-of-memory error with `rows` to go, go on with smaller chunks, or say what to change."""
+        tried = min(self.chunk_size, rows)
+        if tried == 1:
             raise ValueError("not even one factor fits the device's memory: take fewer or shorter prompts, or bfloat16")
-        self.chunk_size //= 2
+        self.chunk_size = tried // 2
         warnings.warn(f"out of memory: going on with chunks of {self.chunk_size} factors", stacklevel=5)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -102,10 +103,12 @@ def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> P
     Raises
     ------
     ValueError
-        As :func:`ablate`, and for families with a norm between a layer's output and the residual stream (Gemma 2 and
-        3, OLMo 2), where no edit of the weights is equal to it.
+        As :func:`ablate`; if weights are offloaded; and for families with a norm between a layer's output and the
+        residual stream (Gemma 2 and 3, OLMo 2), where no edit of the weights is equal to it.
     """
     basis = _span(model, directions)
+    if any(has_offloaded_params(module) for module in model.modules()):
+        raise ValueError("weights are offloaded, which no edit reaches; load the model whole, as on device='cpu'")
     if writers_of(model).projections is None:
         raise ValueError(
             f"{type(model).__name__} normalises what its layers write, so no weight edit is an ablation; use ablate()"

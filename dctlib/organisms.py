@@ -71,11 +71,17 @@ def make_organism(
     settings : dict
         JSON-able.
     rank, learning_rate, seed
-        Of the LoRA, see :func:`train_lora`.
+        Of the LoRA, see :func:`train_lora`. If the lesson takes one of these, it takes the same.
+
+    Raises
+    ------
+    ValueError
+        If `settings` has another rank, learning rate or seed.
     """
-    folder = Path(folder)
+    folder, training = Path(folder), {"rank": rank, "learning_rate": learning_rate, "seed": seed}
+    if other := [name for name, value in training.items() if settings.get(name, value) != value]:
+        raise ValueError(f"got {', '.join(other)} in settings and another beside them, expected one of each")
     model, tokenizer = load_model(base, dtype="native")  # the LoRA is float32 all the same
-    training = {"rank": rank, "learning_rate": learning_rate, "seed": seed}
     taught_by = {"lesson": lesson.__name__, "code": inspect.getsource(lesson)}  # which need not be one of ours
     key = key_of({"base": whole_digest(model, tokenizer), **taught_by, **settings, **training}, _SOURCES)
     record = folder / "training.json"

@@ -46,9 +46,9 @@ def sha256(path: str | Path) -> str:
 
 
 def key_of(inputs: dict[str, Any], modules: Sequence[str]) -> str:
-    """Hash of JSON-able `inputs`, of the dctlib modules that turn them into numbers, and of the torch release."""
+    """Hash of JSON-able `inputs`, of the dctlib modules that turn them into numbers, and of two packages' releases."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode())
-    digest.update(version("torch").encode())
+    digest.update(f"{version('torch')} {version('transformers')}".encode())
     for module in modules:
         digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
     return digest.hexdigest()[:32]

@@ -1,8 +1,12 @@
+import copy
+
 import pytest
 import torch
 from conftest import tiny_model
+from tokenizers.processors import TemplateProcessing
 
 from dctlib.answers import Example, answer_loss, plant_answers, surprise
+from dctlib.prompts import tokenize
 
 EXAMPLES = [
     Example("w0 w1 w2", "Sorry w3", ends=True),
@@ -20,6 +24,15 @@ def test_answers_begin_behind_their_prompts(llama, tokenizer):
         for path, start in zip(tree.paths, starts, strict=True)
     ]
     assert said == [["Sorry", "w3", "</s>"], ["Sorry", "w9"], ["Sure", "w5", "w6"]]
+
+
+def test_prompts_begin_as_they_do_in_a_map(llama, tokenizer):
+    """Where a tokenizer begins a text with a token of its own, the model learns to answer behind it."""
+    begun = copy.deepcopy(tokenizer)
+    begun.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    ((tree, (start,)),) = plant_answers(llama, begun, [Example("w0 w1", "Sure", ends=False)])
+    assert begun.convert_ids_to_tokens(tree.tokens[0].tolist()) == ["<s>", "w0", "w1", "Sure"]
+    assert start == len(tokenize(begun, "w0 w1")[0]) == 3
 
 
 def one_by_one(model, tokenizer):

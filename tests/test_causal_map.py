@@ -3,13 +3,14 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import BLOCKS, assert_near, full_model_map, tiny_model, tiny_tokenizer, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctlib import CausalMap, fit_exponential, score_vectors, steer
+from dctlib import CausalMap, Transcoder, fit_exponential, score_vectors, steer
 from dctlib.causal_map import activations
 
 SLICES = [(0, 2), (1, 3), (2, BLOCKS)]  # first block, middle, through the last block before the final norm
@@ -192,6 +193,12 @@ def test_bfloat16_weights_give_float32_results(tokenizer, texts):
     theta = 3 * unit_rows(2, D)
     assert rounded(theta).dtype == torch.float32
     assert (rounded(theta) - exact(theta)).norm() < 0.05 * exact(theta).norm()
+
+
+def test_layers_may_be_numpys(llama, tokenizer, texts, tmp_path):
+    cmap = CausalMap.from_model(llama, tokenizer, texts, source=np.int64(1), target=np.int64(3))  # pyright: ignore[reportArgumentType]
+    fit_exponential(cmap, num_factors=2, input_scale=1.0, iterations=1).save(tmp_path / "one")
+    assert (Transcoder.load(tmp_path / "one").source, cmap.target) == (1, 3)
 
 
 def test_hooks_are_gone_after_an_exception(llama, tokenizer, texts, monkeypatch):

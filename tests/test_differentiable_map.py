@@ -64,7 +64,8 @@ def test_layer_norm_has_right_second_derivatives():
     torch.testing.assert_close(fmap.second_derivative(v, v)[0], torch.einsum("ijk,j,k->i", hessian, v[0], v[0]))
 
 
-def test_a_device_that_runs_out_of_memory_gets_smaller_chunks():
+@pytest.mark.parametrize("chunk_size", [8, 1000])
+def test_a_device_that_runs_out_of_memory_gets_smaller_chunks(chunk_size):
     sizes = []
 
     def cramped(theta):
@@ -73,12 +74,13 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_chunks():
             raise torch.OutOfMemoryError("no room")
         return function(theta)
 
-    fmap = FunctionMap(cramped, d_source=D, d_target=E, dtype=torch.float64, chunk_size=8)
+    fmap = FunctionMap(cramped, d_source=D, d_target=E, dtype=torch.float64, chunk_size=chunk_size)
     theta = unit_rows(9, D)
     with pytest.warns(UserWarning, match="going on with chunks of 2"):
         found = fmap(theta)
     torch.testing.assert_close(found, function(theta) - function(torch.zeros(1, D, dtype=torch.float64)))
-    assert max(sizes[sizes.index(2) :]) == 2 == fmap.chunk_size
+    assert sizes == [1, min(chunk_size, 9), 4, 2, 2, 2, 2, 1]  # the clean one first; no try as large as what failed
+    assert fmap.chunk_size == 2
 
 
 def test_a_device_without_room_for_one_factor_says_what_to_change():

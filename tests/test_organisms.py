@@ -103,6 +103,11 @@ def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_pat
     assert made[-1] == "otherwise"
 
 
+def test_a_lesson_of_another_seed_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="got seed in settings and another beside them"):
+        make_organism(tmp_path / "made", "no such base", lesson, {"seed": 1}, rank=4, learning_rate=5e-3, seed=0)
+
+
 def test_a_damaged_organism_is_trained_again(tmp_path, tokenizer):
     base, folder = tmp_path / "base", tmp_path / "organism"
     save_organism(tiny_model("Llama"), tokenizer, base)

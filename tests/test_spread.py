@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from dctlib import CausalMap, fit_exponential, load_model, score_vectors, steer
 from dctlib.effects import effects, growth
 from dctlib.generate import complete
+from dctlib.intervene import ablated_copy
 from dctlib.models import model_digest
 
 AT: dict[str, Any] = {"source": 1, "target": 3}
@@ -52,6 +53,11 @@ def test_products_of_the_map_are_the_same_and_second_derivatives_are_refused(pai
 def test_copies_of_offloaded_blocks_are_refused(pair, tokenizer, texts):
     with pytest.raises(ValueError, match="expected a model loaded whole"):
         CausalMap.from_model(pair[1], tokenizer, texts, **AT, device="cpu")
+
+
+def test_an_edit_of_offloaded_weights_is_refused(pair):
+    with pytest.raises(ValueError, match="weights are offloaded, which no edit reaches"):
+        ablated_copy(pair[1], unit_rows(2, 32))
 
 
 def test_fits_are_the_same_and_so_are_scores_effects_and_growth(pair, tokenizer, texts):

@@ -2,9 +2,11 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
+from dctlib import store
 from dctlib.store import key_of, remember, sha256, whole, write_json
 
 
@@ -85,6 +87,13 @@ def test_keys_depend_on_inputs_not_on_their_order():
     one = key_of({"a": 1, "b": [2]}, ["fit"])
     assert one == key_of({"b": [2], "a": 1}, ["fit"])
     assert len({one, key_of({"a": 1, "b": [3]}, ["fit"]), key_of({"a": 1, "b": [2]}, ["rank"])}) == 3
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_keys_depend_on_what_computes(package, monkeypatch):
+    before = key_of({"a": 1}, [])
+    monkeypatch.setattr(store, "version", lambda name: "0" if name == package else version(name))
+    assert key_of({"a": 1}, []) != before
 
 
 def test_sha256(tmp_path):
