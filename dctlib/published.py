@@ -134,7 +134,8 @@ def _training_curves(ours: Results, post: Results) -> Replication:
             "test score without a vector": (ours["clean"], None),
         },
         {
-            "the best DCT vector turns refusal into compliance": ours["dct_best"] > 0 > ours["clean"],
+            "the best DCT vector turns refusal into compliance": ours["dct_best"] > 0 > ours["clean"]
+            and ours["sure_rate"]["DCT"] >= 0.5,
             f"a fit of {width} factors settles within {len(objective)} iterations": last_step
             < 0.1 * (max(objective) - min(objective)),
             f"causal importance rises while {width} factors are fitted": objective[-1] > objective[0],
@@ -146,13 +147,15 @@ def _training_curves(ours: Results, post: Results) -> Replication:
 def _sample_complexity(ours: Results, post: Results) -> Replication:
     order = ("exponential", "quadratic", "linear_projected", "linear")
     names = {method: method.replace("linear_projected", "projected linear") for method in order}
-    least, most = (list(ours["exponential"])[end] for end in (0, -1))
-    means = [ours[method][most]["mean"] for method in order]
+    sizes, there = list(ours["exponential"]), post["sample_complexity"]
+    least, most = sizes[0], sizes[-1]
+    shared = [n for n in sizes if int(n) in there["n"]]
     exponential, quadratic, projected, linear = (ours[method][most]["scores"] for method in order)
     return Replication(
         {
-            f"{names[method]}, n = {most} here, n = 8 there": (mean, post["sample_complexity"][method][3][0])
-            for method, mean in zip(order, means, strict=True)
+            f"{names[method]}, n = {n}": (ours[method][n]["mean"], there[method][there["n"].index(int(n))][0])
+            for method in order
+            for n in shared
         },
         {
             "exponential fits score highest, in every shuffle": _all(
@@ -249,13 +252,15 @@ def _deeper_models(ours: Results, _post: Results) -> Replication:
         if cell["horizon"] == middle
     }
     around = {where: (cell["low"], cell["high"]) for where, cell in fixed.items()}
+    turned = _all(_above(of, (0, 0)) for of in around.values())
     return Replication(
         {where: (cell["mean"], None) for where, cell in fixed.items()},
         {
-            f"a fixed depth horizon suffices: with t − s = {middle} every source layer tried turns the score": _all(
-                _above(of, (0, 0)) for of in around.values()
-            )
+            f"a fixed depth horizon, t − s = {middle}, suffices in models of every depth": turned
+            if len({cell["depth"] for cell in cells}) > 1
+            else None
         },
+        {f"with t − s = {middle} every source layer tried turns the score": turned},
         intervals=around,
     )
 
@@ -321,7 +326,9 @@ def _synthetic_recovery(ours: Results, post: Results) -> Replication:
     return Replication(
         numbers,
         {
-            f"from a {start} start it recovers at least what was published, within 5 points": ours[start]["recovered"]
+            f"from a {start} start the share with a cosine above .99 is as published, within 5 points": ours[start][
+                "recovered"
+            ]
             >= there[start]["recovered_above_0.99"] - 0.05
             for start in starts
         },

@@ -53,13 +53,41 @@ def test_what_a_vector_restores_is_counted_from_the_locked_model(locked, steered
 
 
 def curves(objective):
-    return {"clean": -9.0, "random_best": -2.0, "dct_best": 8.0, "width": {"4": {"objective": objective}}}
+    said = {"clean": -9.0, "random_best": -2.0, "dct_best": 8.0, "sure_rate": {"DCT": 1.0}}
+    return said | {"width": {"4": {"objective": objective}}}
 
 
 @pytest.mark.parametrize(("objective", "settles"), [([1, 8, 10, 10.1], True), ([1, 4, 7, 10], False), ([3], False)])
 def test_a_fit_has_settled_once_its_last_step_is_small_beside_its_rise(objective, settles):
     rule = f"a fit of 4 factors settles within {len(objective)} iterations"
     assert beside("training_curves", curves(objective)).claims[rule] == settles
+
+
+@pytest.mark.parametrize(("score", "sure", "turns"), [(8.0, 0.5, True), (8.0, 0.4, False), (-1.0, 1.0, False)])
+def test_refusal_turns_into_compliance_only_where_it_is_said(score, sure, turns):
+    found = beside("training_curves", curves([1, 2]) | {"dct_best": score, "sure_rate": {"DCT": sure}})
+    assert found.claims["the best DCT vector turns refusal into compliance"] is turns
+
+
+@pytest.mark.parametrize(
+    ("depths", "low", "verdict"), [((30, 30), 1, None), ((30, 60), 1, True), ((30, 60), -4, False)]
+)
+def test_a_depth_horizon_suffices_only_where_depths_differ(depths, low, verdict):
+    cells = [
+        {
+            "model": f"of {depth}",
+            "depth": depth,
+            "source": 5,
+            "horizon": 5,
+            "mean": low + 1,
+            "low": low,
+            "high": low + 2,
+        }
+        for depth in depths
+    ]
+    found = beside("deeper_models", {"cells": cells})
+    assert [*found.claims.values()] == [verdict]
+    assert [*found.controls.values()] == [low > 0]
 
 
 def test_a_notebook_with_nothing_published_is_refused():
@@ -75,7 +103,10 @@ def test_shuffles_that_disagree_settle_nothing(exponential, quadratic, verdict):
     cell = lambda scores: {"mean": sum(scores) / 3, "sd": 1.0, "scores": scores}  # noqa: E731
     rest = {method: {"1": cell([0, 0, 0])} for method in ("linear", "linear_projected")}
     found = {"exponential": {"1": cell(exponential)}, "quadratic": {"1": cell(quadratic)}, **rest}
+    found = {method: {**of, "4": of["1"]} for method, of in found.items()}
     judged = beside("sample_complexity", found | {"random": {"0": cell([-9, -9, -9])}})
+    assert judged.numbers["linear, n = 4"] == (0, -7.04), "beside what is published for as many prompts"
+    assert not any("n = 1" in row for row in judged.numbers)
     assert judged.claims["exponential fits score highest, in every shuffle"] is verdict
     named = {True: "**Replicates**", False: "**Does not replicate**", None: "**Undecided**"}[verdict]
     assert f"{named}: exponential fits score highest" in judged.sentence

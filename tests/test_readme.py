@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 
 from dctlib.published import RULES, beside
 from dctlib.store import ROOT
@@ -15,6 +16,10 @@ def recorded(stem):
     return json.loads((ROOT / "figures" / "laptop" / f"{stem}.json").read_text())
 
 
+def params(section):
+    return yaml.safe_load((ROOT / "params" / "laptop.yaml").read_text(encoding="utf-8"))[section]
+
+
 def percent(rate):
     return f"{100 * rate:.0f} %"
 
@@ -22,10 +27,17 @@ def percent(rate):
 def verdicts():
     found = Counter(holds for stem in RULES for holds in beside(stem, recorded(stem)).claims.values())
     yield f"Of the post's {found.total()} claims {found[True]} replicate on it, {found[False]} do not"
-    yield f"and {found[None]} stay undecided"
-    assert (
-        beside("circuit_breaker", recorded("circuit_breaker")).controls["random vectors get past it less often"] is None
+    yield f"and {found[None]} stay undecided. It is one organism."
+    sizes = params("sample_complexity")
+    yield (
+        "(among them that exponential fits score highest, its Figure 1, here with "
+        f"{sizes['num_factors']} factors, up to {max(sizes['sizes'])} prompts and {sizes['shuffles']} shuffles)"
     )
+    complexity = beside("sample_complexity", recorded("sample_complexity"))
+    assert complexity.claims["exponential fits score highest, in every shuffle"] is False
+    yield "Random vectors, our control, get past the circuit breaker as often as DCT's."
+    breaker = beside("circuit_breaker", recorded("circuit_breaker"))
+    assert breaker.controls["random vectors get past it less often"] is None
 
 
 def baselines():
@@ -54,6 +66,16 @@ def baselines():
     assert methods["power steering"]["backward"] < methods["DCT"]["backward"]
 
 
+def replicates():
+    found = recorded("replicates")
+    claims, of = list(found["claims"].values()), len(found["seeds"])
+    assert of == 3
+    yield (
+        f"on three other organisms {claims.count(of)} of {len(claims)} claims judged hold on all three, "
+        f"{claims.count(0)} on none"
+    )
+
+
 def auditing():
     audit = recorded("auditing")
     last, of = f"fluent, k = {audit['num_factors']}", audit["methods"]
@@ -77,6 +99,9 @@ def hidden_sums():
         f"questions and {found['DCT, n = 1']} from one, power steering {found['power steering']}, random vectors "
         f"{found['random']} and sampling {found['sampling']}"
     )
+    yield "of DCT and power steering, their intervals overlap"
+    rival, intervals = of["power steering"], [of[name] for name in ("DCT, n = 1", "DCT, n = 4")]
+    assert all(each["low"] <= rival["high"] and rival["low"] <= each["high"] for each in intervals)
 
 
 def anomaly():
@@ -90,18 +115,23 @@ def anomaly():
     assert seen("over_random", "factors")["low"] > 0 > seen("over_residual", "factors")["high"]
     yield (
         f"with an AUROC of {factors:.2f}, along as many random directions with {chance:.2f}, and on the whole residual "
-        f"with {whole:.2f}: factors beat chance, and the usual distance beats factors"
+        f"with {whole:.2f}: factors beat random directions, and the usual distance beats factors"
     )
 
 
 def stability():
-    pairs = recorded("stability")["variants"]
+    found = recorded("stability")
+    pairs, errors = found["variants"], found["errors"][f"m = {params('stability')['num_factors']}"]
     usual, chance = pairs["both, usual"]["cosine"], pairs["random"]["cosine"]
     yield f"(mean cosine {usual:.2f}, of random vectors {chance:.2f})"
+    error = errors["random"]
+    yield f"on random directions the exponential transcoder's relative error is {error:.2f}, where 1 is nothing"
 
 
 @pytest.mark.parametrize(
-    "said", [verdicts, baselines, auditing, hidden_sums, anomaly, stability], ids=lambda said: said.__name__
+    "said",
+    [verdicts, baselines, replicates, auditing, hidden_sums, anomaly, stability],
+    ids=lambda said: said.__name__,
 )
 def test_numbers_are_those_of_the_recorded_files(said):
     for sentence in said():

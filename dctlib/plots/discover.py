@@ -48,6 +48,7 @@ def ranked_vectors(table: pd.DataFrame, floor: float, labelled: int = 6) -> Figu
         for text in legend.get_texts():
             text.set_parse_math(False)
         right.set(xlabel="length of the change at layer t", ylabel="KL of the next token (nats)", ylim=(0, None))
-        right.set_title("dark: the first of each cluster", loc="left", color="0.4", fontsize=8)
+        if len(first) < len(table):
+            right.set_title("dark: the first of each cluster", loc="left", color="0.4", fontsize=8)
         sns.despine(figure)
     return figure

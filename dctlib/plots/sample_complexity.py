@@ -23,6 +23,8 @@ def sample_complexity(
 ) -> Figure:
     """Test score of the best vector against the number of fit prompts: mean ± standard deviation over shuffles.
 
+    Methods stand a little beside each other, lest one hide another.
+
     Parameters
     ----------
     measured : DataFrame
@@ -37,11 +39,14 @@ def sample_complexity(
         colours = dict(
             zip(_NAMES, sns.color_palette("colorblind", 8)[0:1] + sns.color_palette("colorblind")[2:], strict=False)
         )
-        grouped = measured.groupby(["method", "n"])["score"].agg(["mean", lambda s: s.std(ddof=0)])
+        grouped = measured.groupby(["method", "n"])["score"].agg(["mean", "std"])
         own = {method: grouped.loc[method] for method in _NAMES}
-        _curves(left, {m: (t.index.to_numpy(), *t.to_numpy().T) for m, t in own.items()}, colours)
+        beside = dict(zip(_NAMES, np.linspace(-0.015, 0.015, len(_NAMES)) * measured["n"].max(), strict=True))
+        _curves(left, {m: (t.index.to_numpy() + beside[m], *t.to_numpy().T) for m, t in own.items()}, colours)
+        left.set_xticks(sorted(set(measured["n"])))
         for method, rows in measured.groupby("method"):
-            left.scatter(rows["n"], rows["score"], s=7, alpha=0.6, color=colours[str(method)], linewidths=0)
+            at = rows["n"] + beside[str(method)]
+            left.scatter(at, rows["score"], s=7, alpha=0.6, color=colours[str(method)], linewidths=0)
         left.axhspan(min(random), max(random), color="0.85", zorder=0, lw=0)
         left.annotate(
             "random vectors",
