@@ -326,7 +326,7 @@ def _synthetic_recovery(ours: Results, post: Results) -> Replication:
     return Replication(
         numbers,
         {
-            f"from a {start} start the share with a cosine above .99 is as published, within 5 points": ours[start][
+            f"from a {start} start the share above .99 is at least the published one, less 5 points": ours[start][
                 "recovered"
             ]
             >= there[start]["recovered_above_0.99"] - 0.05
