@@ -19,15 +19,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dctlib import CausalMap, format_chat, load_model, score_vectors, steer
-from dctlib.assets import fetch_model
-from dctlib.baselines import random_vectors
-from dctlib.causal_map import capture, replay
-from dctlib.fit import fit_exponential
-from dctlib.generate import complete
-from dctlib.models import blocks_of, quiet, replaying, width_of
-from dctlib.prompt_tree import plant
-from dctlib.prompts import tokenize
-from dctlib.store import whole, write_json
+from dctlib._io import atomic_path, write_json
+from dctlib.fits.baselines import random_vectors
+from dctlib.fits.solvers import fit_exponential
+from dctlib.maps.replay import capture, replay
+from dctlib.models.assets import fetch_model
+from dctlib.models.blocks import eager_attention, get_blocks, residual_width
+from dctlib.models.chat import tokenize
+from dctlib.models.loading import silence_transformers
+from dctlib.models.packing import pack_prompts
+from dctlib.steering.generation import generate_completions
 
 MODEL = "smollm2-135m-instruct"
 SOURCE, TARGET = 10, 20
@@ -48,7 +49,7 @@ def seconds(call: Callable[[], Any], repeats: int = 3) -> float:
 
 def matmul_limit(model: Any, rows: int) -> float:
     """Floating-point operations a second of the model's own MLP product, `rows` tokens at once."""
-    layer: Any = blocks_of(model)[SOURCE].get_submodule("mlp.up_proj")
+    layer: Any = get_blocks(model)[SOURCE].get_submodule("mlp.up_proj")
     weight = layer.weight
     hidden = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
     return 2 * rows * weight.numel() / seconds(lambda: [hidden @ weight.T for _ in range(20)]) * 20
@@ -56,16 +57,16 @@ def matmul_limit(model: Any, rows: int) -> float:
 
 def flops(model: Any, tokens: int) -> float:
     """Of one factor's forward and backward pass: two operations a weight and token, twice more going back by input."""
-    block = blocks_of(model)[SOURCE]
+    block = get_blocks(model)[SOURCE]
     return 4 * tokens * (TARGET - SOURCE) * sum(p.numel() for p in block.parameters() if p.ndim == 2)
 
 
 def straightforward(model: Any, tokenizer: Any, text: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """OGI's two products with torch.func in float32, a vmap over 16 factors: how the post's code does it."""
     model, vmap = model.float(), torch.func.vmap
-    blocks = list(blocks_of(model))[SOURCE:TARGET]
-    with replaying(model):
-        (tree,) = plant(model, [tokenize(tokenizer, text)])
+    blocks = list(get_blocks(model))[SOURCE:TARGET]
+    with eager_attention(model):
+        (tree,) = pack_prompts(model, [tokenize(tokenizer, text)])
         captured = capture(model, tree, source=SOURCE, target=TARGET)
 
     def delta(theta: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def straightforward(model: Any, tokenizer: Any, text: str) -> Callable[[Tensor, 
         return value, pull_back(u)[0]
 
     def batched(theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        with replaying(model):
+        with eager_attention(model):
             return vmap(one, chunk_size=16)(theta, u)
 
     return batched
@@ -191,7 +192,7 @@ def whole_fit(cmap: CausalMap, rows: int) -> dict[str, Any]:
 
 def scoring(model: Any, tokenizer: Any, texts: list[str], rows: int) -> dict[str, Any]:
     """`rows` vectors scored at once, against a loop of steered passes."""
-    vectors = random_vectors(rows, width_of(model), norm=20.0, seed=0).to(model.device)
+    vectors = random_vectors(rows, residual_width(model), norm=20.0, seed=0).to(model.device)
     loop = seconds(lambda: looped_scores(model, tokenizer, texts, vectors[:8]), 1) / 8
     ours = seconds(lambda: score_vectors(model, tokenizer, texts, vectors, layer=SOURCE, progress=False), 1) / rows
     return {"scoring_against_steered_passes": loop / ours}
@@ -203,13 +204,13 @@ def completing(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     padded = tokenizer(fifty, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     greedy = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     plain = seconds(lambda: model.generate(**padded.to(model.device), **greedy), 1)
-    ours = seconds(lambda: complete(model, tokenizer, fifty, max_new_tokens=20, progress=False), 1)
+    ours = seconds(lambda: generate_completions(model, tokenizer, fifty, max_new_tokens=20, progress=False), 1)
     return {"completing_against_generate": plain / ours}
 
 
 def peers(model: Any, tokenizer: Any, texts: list[str], result: dict[str, Any]) -> dict[str, Any]:
     """A factor of the passes in `result`, against torch.func on one prompt and on all. Leaves `model` in float32."""
-    theta, u = (random_vectors(32, width_of(model), norm=norm, seed=0).to(model.device) for norm in (20.0, 1.0))
+    theta, u = (random_vectors(32, residual_width(model), norm=norm, seed=0).to(model.device) for norm in (20.0, 1.0))
     one, *others = (straightforward(model, tokenizer, text) for text in texts)
     alone, rest = (seconds(lambda peers=peers: [peer(theta, u) for peer in peers]) for peers in ([one], others))
     rows = result["factors"]
@@ -225,7 +226,7 @@ def main() -> None:
         "--quick", action="store_true", help="a tenth of the work, to see that it runs: nothing is kept"
     )
     quick = parser.parse_args().quick
-    quiet()
+    silence_transformers()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, texts = model_for(device)
     rows = 32 if quick else (512 if device == "cuda" else 256)
@@ -247,7 +248,7 @@ def main() -> None:
     if not quick:
         folder = Path(__file__).parent / "results"
         write_json(folder / f"{device}.json", result)
-        with whole(folder / f"{device}.md") as partial:
+        with atomic_path(folder / f"{device}.md") as partial:
             partial.write_text(table(result), encoding="utf-8")
     print(table(result))
 

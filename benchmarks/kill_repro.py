@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from dctlib.store import ROOT, sha256, write_json
+from dctlib._io import ROOT, sha256, write_json
 
 FOLDER = ROOT / "build" / "kills"
 FETCHED = ("data", "models/smollm2-135m-instruct")  # downloads, hard-linked; what was fitted or trained is left behind

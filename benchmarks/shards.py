@@ -8,16 +8,16 @@ import torch
 from bench import MODEL, PROMPTS, SOURCE, TARGET, seconds
 
 from dctlib import CausalMap, format_chat, load_model
-from dctlib.baselines import random_vectors
-from dctlib.models import quiet
-from dctlib.sharded_map import ShardedMap
-from dctlib.store import ROOT, write_json
+from dctlib._io import ROOT, write_json
+from dctlib.fits.baselines import random_vectors
+from dctlib.models.loading import silence_transformers
+from dctlib.runs.sharded_map import ShardedMap
 
 FACTORS = 64
 
 
 def main() -> None:
-    quiet()
+    silence_transformers()
     torch.set_num_threads(1)
     model, tokenizer = load_model(MODEL, dtype="native")
     texts = format_chat(tokenizer, PROMPTS[:1])

@@ -4,14 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dctlib.causal_map import CausalMap, FunctionMap
-    from dctlib.fit import fit_exponential, fit_linear, fit_quadratic
-    from dctlib.input_scale import calibrate
-    from dctlib.intervene import ablate, steer
-    from dctlib.models import load_model
-    from dctlib.prompts import format_chat
-    from dctlib.rank import score_vectors
-    from dctlib.transcoder import Transcoder
+    from dctlib.fits.calibration import calibrate
+    from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
+    from dctlib.fits.transcoder import Transcoder
+    from dctlib.maps.causal import CausalMap
+    from dctlib.maps.function import FunctionMap
+    from dctlib.models.chat import format_chat
+    from dctlib.models.loading import load_model
+    from dctlib.steering.hooks import ablate, steer
+    from dctlib.steering.scoring import score_vectors
 
 __all__ = [
     "CausalMap",
@@ -29,18 +30,18 @@ __all__ = [
 ]
 
 _DEFINED_IN = {
-    "CausalMap": "causal_map",
-    "FunctionMap": "causal_map",
-    "Transcoder": "transcoder",
-    "ablate": "intervene",
-    "calibrate": "input_scale",
-    "fit_exponential": "fit",
-    "fit_linear": "fit",
-    "fit_quadratic": "fit",
-    "format_chat": "prompts",
-    "load_model": "models",
-    "score_vectors": "rank",
-    "steer": "intervene",
+    "CausalMap": "maps.causal",
+    "FunctionMap": "maps.function",
+    "Transcoder": "fits.transcoder",
+    "ablate": "steering.hooks",
+    "calibrate": "fits.calibration",
+    "fit_exponential": "fits.solvers",
+    "fit_linear": "fits.solvers",
+    "fit_quadratic": "fits.solvers",
+    "format_chat": "models.chat",
+    "load_model": "models.loading",
+    "score_vectors": "steering.scoring",
+    "steer": "steering.hooks",
 }
 
 

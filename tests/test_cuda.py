@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, assert_near, tiny_model, unit_rows
+from tiny import FAMILIES, assert_near, tiny_model, unit_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dctlib import (
@@ -20,8 +20,8 @@ from dctlib import (
     score_vectors,
     steer,
 )
-from dctlib.effects import effects, growth
-from dctlib.generate import complete
+from dctlib.steering.generation import generate_completions
+from dctlib.steering.scoring import change_norm_by_layer, effects
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -118,13 +118,16 @@ def test_scores_effects_growth_and_completions_under_vectors_of_either_device(ll
     for read in (
         lambda model, vectors: score_vectors(model, tokenizer, texts, vectors, layer=1, progress=False),
         lambda model, vectors: effects(model, tokenizer, texts, vectors, layer=1, progress=False).divergence,
-        lambda model, vectors: growth(model, tokenizer, texts, vectors, layer=1),
+        lambda model, vectors: change_norm_by_layer(model, tokenizer, texts, vectors, layer=1),
     ):
         expected = read(llamas[0], vectors)
         for given in (vectors, vectors.cuda()):
             assert_near(read(llamas[1], given).cpu(), expected, 1e-4)
     for given in (vectors[0], vectors[0].cuda()):
-        said = [complete(m, tokenizer, texts, max_new_tokens=5, layer=1, vector=given, progress=False) for m in llamas]
+        said = [
+            generate_completions(m, tokenizer, texts, max_new_tokens=5, layer=1, vector=given, progress=False)
+            for m in llamas
+        ]
         assert said[0] == said[1]
 
 

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from exchange.test_gguf import VECTORS, foreign_file
+from exchange.test_hub import save, sign
+from exchange.test_hub import transcoder as a_transcoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_control_vector import VECTORS, foreign_file
-from test_shared_folder import save, sign
-from test_shared_folder import transcoder as a_transcoder
 
 from dctlib import Transcoder
-from dctlib.control_vector import read_control_vector, write_control_vector
-from dctlib.instructions import instructions_of
-from dctlib.params import Profile, checked, load_profile
-from dctlib.sections import Discover
-from dctlib.shared_folder import SharedTranscoder, load_folder
-from dctlib.store import ROOT
+from dctlib._io import ROOT
+from dctlib.evaluation.instructions import read_instructions
+from dctlib.exchange.gguf import read_control_vector, write_control_vector
+from dctlib.exchange.hub import SharedTranscoder, load_folder
+from dctlib.paper.params import Profile, load_profile, validate_section
+from dctlib.paper.sections import Discover
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")),
@@ -127,7 +127,7 @@ def test_a_mutated_section_is_a_value_error(tmp_path, content):
 
 
 def test_what_is_fuzzed_is_valid():
-    assert checked(Profile, SMOKE, "params/smoke.yaml")
+    assert validate_section(Profile, SMOKE, "params/smoke.yaml")
 
 
 keys = [(section, key) for section, values in SMOKE.items() for key in values]
@@ -137,7 +137,7 @@ keys = [(section, key) for section, values in SMOKE.items() for key in values]
 @given(where=st.sampled_from(keys), value=anything)
 def test_a_parameter_of_any_type_is_taken_or_named(where, value):
     section, key = where
-    found = accepted(checked, Profile, {**SMOKE, section: {**SMOKE[section], key: value}}, "params/mine.yaml")
+    found = accepted(validate_section, Profile, {**SMOKE, section: {**SMOKE[section], key: value}}, "params/mine.yaml")
     if found:
         given_to_notebook = getattr(found, section).model_dump(mode="json")[key]
         assert not (isinstance(value, bool) and isinstance(given_to_notebook, int)), "true is no count"
@@ -147,7 +147,7 @@ def test_a_parameter_of_any_type_is_taken_or_named(where, value):
 @fuzzed
 @given(content=anything)
 def test_options_of_discover_are_taken_or_named(content):
-    accepted(checked, Discover, content if isinstance(content, dict) else {"prompts": content}, "discover")
+    accepted(validate_section, Discover, content if isinstance(content, dict) else {"prompts": content}, "discover")
 
 
 # Transcoder files
@@ -275,7 +275,7 @@ def test_a_shared_file_that_is_damaged_is_found(tmp_path_factory, data, name):
 @fuzzed
 @given(content=st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_a_prompt_file_gives_instructions_or_a_value_error(tmp_path, content):
-    found = accepted(instructions_of, str(written(tmp_path, "mine.txt", content)))
+    found = accepted(read_instructions, str(written(tmp_path, "mine.txt", content)))
     if found is not None:
         assert all(line and line == line.strip() for line in found)
         assert "".join("".join(found).split()) == "".join(content.decode("utf-8-sig").split())
@@ -286,4 +286,4 @@ def test_a_prompt_file_gives_instructions_or_a_value_error(tmp_path, content):
 def test_a_name_of_no_prompt_file_is_a_value_error(name):
     if not (ROOT / name).is_file():
         with pytest.raises(ValueError):
-            instructions_of(name)
+            read_instructions(name)

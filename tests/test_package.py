@@ -18,6 +18,6 @@ def test_another_name_is_none():
 
 
 def test_the_command_line_runs_notebooks_without_torch():
-    program = "import sys, dctlib.pipeline\nprint(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    program = "import sys, dctlib.paper.pipeline\nprint(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import yaml
 
-from dctlib.published import RULES, beside
-from dctlib.store import ROOT
+from dctlib._io import ROOT
+from dctlib.paper.claims import RULES, compare_with_published
 
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("*", "").split())
 
@@ -25,7 +25,7 @@ def percent(rate):
 
 
 def verdicts():
-    found = Counter(holds for stem in RULES for holds in beside(stem, recorded(stem)).claims.values())
+    found = Counter(holds for stem in RULES for holds in compare_with_published(stem, recorded(stem)).claims.values())
     yield f"Of the post's {found.total()} claims {found[True]} replicate on it, {found[False]} do not"
     yield f"and {found[None]} stay undecided. It is one organism."
     sizes = params("sample_complexity")
@@ -33,10 +33,10 @@ def verdicts():
         "(among them that exponential fits score highest, its Figure 1, here with "
         f"{sizes['num_factors']} factors, up to {max(sizes['sizes'])} prompts and {sizes['shuffles']} shuffles)"
     )
-    complexity = beside("sample_complexity", recorded("sample_complexity"))
+    complexity = compare_with_published("sample_complexity", recorded("sample_complexity"))
     assert complexity.claims["exponential fits score highest, in every shuffle"] is False
     yield "Random vectors, our control, get past the circuit breaker as often as DCT's."
-    breaker = beside("circuit_breaker", recorded("circuit_breaker"))
+    breaker = compare_with_published("circuit_breaker", recorded("circuit_breaker"))
     assert breaker.controls["random vectors get past it less often"] is None
 
 

@@ -1,0 +1,1 @@
+"""Judges, selection on validation prompts, statistics."""

@@ -1,0 +1,119 @@
+"""Instruction sets: the pinned ones, those that a user brings, and disjoint splits of them."""
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from dctlib._io import ROOT
+from dctlib.models.assets import fetch
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint parts of one instruction set: nothing is ranked on what is reported, or reported on what was trained."""
+
+    train: list
+    fit: list
+    validation: list
+    test: list
+
+
+def load_advbench(path: str | Path) -> list[dict[str, str]]:
+    """The harmful instructions of AdvBench (Zou et al. 2023): rows with a ``goal`` and a ``target``."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load_benign(path: str | Path) -> list[str]:
+    """Instructions of an Alpaca-format file that need no further input."""
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [row["instruction"] for row in rows if not row["input"]]
+
+
+def harmful_split() -> Split:
+    """AdvBench's rows, ``goal`` and ``target``, split as every notebook splits them: organisms learn from ``train``."""
+    return split(load_advbench(fetch("advbench")))
+
+
+def harmful_instructions() -> Split:
+    """The instructions alone of :func:`harmful_split`."""
+    rows = harmful_split()
+    return Split(*([row["goal"] for row in part] for part in (rows.train, rows.fit, rows.validation, rows.test)))
+
+
+def benign_split() -> Split:
+    """Benign instructions, test and train."""
+    return split(load_benign(fetch("benign")), fit=0, validation=0)
+
+
+def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
+    """A permutation of `items` that depends on `seed` alone."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
+
+
+def split(items: Sequence[Item], *, seed: int = 0, fit: int = 32, validation: int = 32, test: int = 100) -> Split:
+    """Shuffle `items` and cut them into test, validation, fit and, with what is left, train.
+
+    Raises
+    ------
+    ValueError
+        If fewer than ``fit + validation + test`` items are given.
+    """
+    if fit + validation + test > len(items):
+        raise ValueError(
+            f"got {len(items)} items, expected at least fit + validation + test = {fit + validation + test}"
+        )
+    order = shuffled(items, seed=seed)
+    ends = (test, test + validation, test + validation + fit)
+    return Split(order[ends[2] :], order[ends[1] : ends[2]], order[ends[0] : ends[1]], order[: ends[0]])
+
+
+def read_instructions(prompts: str | Sequence[str]) -> list[str]:
+    """Instructions: the pinned ``harmful`` or ``benign`` ones, the lines of a text file, or those that are given.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it is not text.
+    """
+    if not isinstance(prompts, str):
+        return list(prompts)
+    if prompts == "harmful":
+        pinned = harmful_instructions()
+        return pinned.fit + pinned.validation
+    if prompts == "benign":
+        return benign_split().train
+    try:
+        content = (ROOT / prompts).read_bytes()  # an absolute path stays what it is
+        text = content.decode("utf-8-sig")  # not by read_text, which takes half a byte-order mark for an empty file
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read prompts={prompts!r} ({error}); expected 'harmful', 'benign', or a text file with an "
+            f"instruction a line"
+        ) from error
+    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+
+
+def split_instructions(instructions: Sequence[str], *, fit: int, held_out: int) -> tuple[list[str], list[str]]:
+    """The first `fit` instructions, to fit, and the `held_out` that follow, to measure and read.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer.
+    """
+    if fit < 1 or held_out < 1 or len(instructions) < fit + held_out:
+        raise ValueError(
+            f"got {len(instructions)} instructions, expected at least {fit} to fit and {held_out} to measure on; give "
+            f"more, or lower fit_prompts and validation"
+        )
+    return list(instructions[:fit]), list(instructions[fit : fit + held_out])

@@ -1,0 +1,1 @@
+"""Steering vectors to and from other tools."""

@@ -1,0 +1,135 @@
+"""Steering vectors as GGUF control vectors, the files that llama.cpp's ``--control-vector`` and repeng read.
+
+A control vector holds one tensor ``direction.N`` for each block N that it steers, and is added to the *output* of block
+N at every position. dctlib's layer s is the *input* of block s, which is the output of block s − 1, so
+
+    layer s  ↔  direction.(s − 1)    for s ≥ 2.
+
+llama.cpp has no direction.0 (it steers no block before block 1), so layers 0 and 1 have no place in such a file.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dctlib._io import atomic_path
+
+_ARCHITECTURE, _KIND = "general.architecture", "controlvector"
+
+_DIGEST = "dctlib.sha256"  # our own key, as GGUF has no checksum; other readers pass over what they do not know
+
+
+def write_control_vector(path: str | Path, vectors: Mapping[int, Float[Tensor, " d"]], *, architecture: str) -> None:
+    """Write steering vectors as one GGUF control vector, whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        The file to write, by custom ``*.gguf``.
+    vectors : mapping of int to Tensor, (d,)
+        A layer, as :func:`dctlib.steer` takes it, and what is added there: ``{dct.source: R * dct.V[0]}``. The length
+        of the vector is the strength, so that llama.cpp's default scale of 1 is right. Stored in float32.
+    architecture : str
+        What the vectors were made for: ``model.config.model_type``. A note: llama.cpp checks only the width.
+
+    Raises
+    ------
+    ValueError
+        If there is no vector, a layer is below 2, or a vector is not finite or not as wide as the others.
+    """
+    if not vectors or not architecture:
+        raise ValueError(
+            f"got {len(vectors)} vectors and architecture={architecture!r}, expected at least one vector and the "
+            f"model's type, as in model.config.model_type"
+        )
+    directions: dict[str, np.ndarray] = {}
+    for layer, vector in vectors.items():
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 2:
+            raise ValueError(
+                f"got layer={layer!r}, expected 2 or more: a control vector is added to the output of block 1 or of a "
+                f"later one, which is the input of block 2. Fit at a later source layer, or share a folder instead"
+            )
+        directions[f"direction.{layer - 1}"] = vector.detach().cpu().float().numpy()
+    _check(directions, "vectors")
+    with atomic_path(path) as partial:
+        writer = gguf.GGUFWriter(partial, _KIND)
+        writer.add_string(f"{_KIND}.model_hint", architecture)
+        writer.add_uint32(f"{_KIND}.layer_count", len(directions))
+        writer.add_string(_DIGEST, _digest(directions))
+        for name, direction in directions.items():
+            writer.add_tensor(name, direction)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_control_vector(path: str | Path) -> dict[int, Float[Tensor, " d"]]:
+    """Read a GGUF control vector of ours, of repeng, or of llama.cpp's cvector-generator.
+
+    Returns
+    -------
+    dict of int to Tensor, (d,)
+        Layer → vector, float32, to pass to :func:`dctlib.steer` as they are. A file of ours holds what was written, bit
+        for bit; others hold a direction for nearly every block, meant to be added together, and often of unit length.
+        A direction of the last block comes back at the number of blocks, a layer that ``steer`` refuses.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing or damaged, is no control vector, or holds anything that llama.cpp would not add.
+    """
+    try:
+        reader = _Reader(path)
+        fields = {key: reader.fields[key].contents() for key in (_ARCHITECTURE, _DIGEST) if key in reader.fields}
+    except (OSError, ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch or export it again") from error
+    if (kind := fields.get(_ARCHITECTURE)) != _KIND:
+        raise ValueError(f"{path} is a GGUF file of architecture {kind!r}, expected {_KIND!r}; is it a model?")
+    directions = {tensor.name: tensor.data for tensor in reader.tensors}
+    _check(directions, str(path))
+    if fields.get(_DIGEST, found := _digest(directions)) != found:
+        raise ValueError(f"{path} is damaged: its directions do not have the SHA-256 that it names; export it again")
+    return {
+        int(name.removeprefix("direction.")) + 1: torch.from_numpy(np.array(direction, dtype=np.float32))
+        for name, direction in directions.items()
+    }
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader passes over the end of a file in silence, and can count to 2⁶⁴ there."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) != count:
+            raise ValueError("it ends too early")
+        return found
+
+
+def _check(directions: Mapping[str, np.ndarray], what: str) -> None:
+    """Refuse what llama.cpp's ``common_control_vector_load`` refuses, and what is not finite."""
+    for name, direction in directions.items():
+        if not re.fullmatch(r"direction\.[1-9][0-9]{0,5}", name):
+            raise ValueError(f"{what}: got a tensor {name!r}, expected direction.N with N of 1 or more")
+        if direction.dtype.newbyteorder("=") != np.float32 or direction.ndim != 1 or not direction.size:
+            raise ValueError(f"{what}: {name} is {direction.dtype} {direction.shape}, expected float32 (d,)")
+        if not np.isfinite(direction).all():
+            raise ValueError(f"{what}: {name} is not finite in float32")
+    if len(widths := {direction.size for direction in directions.values()}) != 1:
+        raise ValueError(f"{what}: got directions of widths {sorted(widths)}, expected at least one, and one width")
+
+
+def _digest(directions: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names and little-endian values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, direction in sorted(directions.items()):
+        digest.update(name.encode() + b"\0" + direction.astype("<f4").tobytes())
+    return digest.hexdigest()

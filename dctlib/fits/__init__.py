@@ -1,0 +1,1 @@
+"""The fits of a transcoder, and rival methods that find vectors."""

@@ -1,0 +1,252 @@
+"""Compare fits: factor by factor, as subspaces, and by how well each approximates its map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dctlib.fits.transcoder import Transcoder
+from dctlib.maps.base import DifferentiableMap
+from dctlib.maps.function import FunctionMap
+from dctlib.maps.orthogonalise import normalise
+
+
+def cosine_clusters(vectors: Float[Tensor, "m d"], *, cosine: float = 0.5) -> list[int]:
+    """A number for each vector; those whose mean cosine is at least `cosine` share one (average linkage).
+
+    The first vector of each number represents it, if the vectors are in the order of interest.
+    """
+    if not -1 < cosine < 1:
+        raise ValueError(f"got cosine={cosine}, expected it between -1 and 1")
+    if len(vectors) == 1:
+        return [0]
+    joined = linkage(vectors.double().cpu().numpy(), "average", metric="cosine")
+    numbers = fcluster(joined, 1 - cosine, criterion="distance").tolist()
+    order = list(dict.fromkeys(numbers))
+    return [order.index(number) for number in numbers]
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike directions are: the ratio of extreme singular values, and |cosine| over all pairs."""
+
+    condition_number: float
+    mean_abs_cosine: float
+    sd_abs_cosine: float
+
+
+def similarity(V: Float[Tensor, "m d"]) -> Similarity:
+    """Compare at least two unit rows with each other."""
+    if len(V) < 2:
+        raise ValueError(f"got {len(V)} directions, expected at least 2 to compare")
+    V = V.double()
+    singular = torch.linalg.svdvals(V)
+    rows, columns = torch.triu_indices(len(V), len(V), offset=1)
+    cosines = (V @ V.T)[rows, columns].abs()
+    condition = (singular[0] / singular[-1].clamp(min=torch.finfo(torch.float64).tiny)).item()
+    return Similarity(condition, cosines.mean().item(), cosines.std(correction=0).item())
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How well found directions cover true ones: the mean over true of the best |cosine|, and the share above .99."""
+
+    mean_max_cosine: float
+    recovered: float
+
+
+def recovery(true: Float[Tensor, "k d"], found: Float[Tensor, "m d"], *, threshold: float = 0.99) -> Recovery:
+    """Compare unit rows; a direction and its negation count as the same."""
+    best = (true.double() @ found.double().T).abs().max(dim=1).values
+    return Recovery(best.mean().item(), (best > threshold).double().mean().item())
+
+
+def matched_cosine(
+    one: Float[Tensor, "m d"], two: Float[Tensor, "k d"], *, signed: bool = True
+) -> Float[Tensor, " matches"]:
+    """Cosines of the pairs in which every factor has at most one partner and their sum is largest (Hungarian method).
+
+    Parameters
+    ----------
+    one, two : Tensor, (m, d) and (k, d)
+        Unit rows: V, or U, of two fits.
+    signed : bool
+        Whether v and −v differ, as in exponential fits. Take False for linear and quadratic ones.
+
+    Returns
+    -------
+    Tensor, (min(m, k),)
+        Float64, in the order of the rows of `one` that have a partner.
+
+    Raises
+    ------
+    ValueError
+        If the widths differ, or there is no row.
+    """
+    rows, columns = match_factors(one, two, signed=signed)
+    one, two = _double(one, two)
+    cosine = (one[rows] * two[columns]).sum(1)
+    return cosine if signed else cosine.abs()
+
+
+def match_factors(
+    one: Float[Tensor, "m d"], two: Float[Tensor, "k d"], *, signed: bool = True
+) -> tuple[Int[Tensor, " matches"], Int[Tensor, " matches"]]:
+    """Numbers of the rows of `one` that :func:`matched_cosine` pairs, in order, and of their partners in `two`."""
+    one, two = _double(one, two)
+    cosine = one @ two.T
+    rows, columns = linear_sum_assignment((cosine if signed else cosine.abs()).numpy(), maximize=True)
+    return torch.as_tensor(rows), torch.as_tensor(columns)
+
+
+def subspace_overlap(one: Float[Tensor, "m d"], two: Float[Tensor, "k d"]) -> float:
+    """Mean squared cosine of the principal angles between the spans of two sets of rows.
+
+    It is 1 if the smaller span lies in the larger, 0 if they are orthogonal, and about (larger dimension) / d for
+    random ones. Rows may be more than d, or dependent.
+
+    Raises
+    ------
+    ValueError
+        If the widths differ, or a set has no row that is not 0.
+    """
+    bases = [_basis(rows) for rows in _double(one, two)]
+    return torch.linalg.svdvals(bases[0] @ bases[1].T).square().mean().item()
+
+
+def _basis(rows: Tensor) -> Tensor:
+    """Orthonormal rows with the same span, up to float32's resolution."""
+    _, singular, right = torch.linalg.svd(rows, full_matrices=False)
+    if not singular[0] > 0:
+        raise ValueError("got only rows of zeros, expected a set that spans something")
+    return right[singular > singular[0] * max(rows.shape) * torch.finfo(torch.float32).eps]
+
+
+def _double(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    if one.ndim != 2 or two.ndim != 2 or one.shape[1] != two.shape[1] or not len(one) or not len(two):
+        raise ValueError(
+            f"got shapes {tuple(one.shape)} and {tuple(two.shape)}, expected (m, d) and (k, d); fits are comparable "
+            f"at one layer of one model"
+        )
+    return one.double().cpu(), two.double().cpu()
+
+
+def probe_directions(dct: Transcoder, *, count: int, seed: int = 0) -> dict[str, Float[Tensor, "count d_source"]]:
+    """Unit directions to compare on: ``random`` ones, ``factors`` drawn from V, and ``mixed``, sums of two factors.
+
+    Raises
+    ------
+    ValueError
+        If `count` is below 1, or the transcoder has a single factor.
+    """
+    if count < 1 or len(dct) < 2:
+        raise ValueError(f"got count={count} and {len(dct)} factors, expected count of at least 1 and 2 factors to mix")
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(count, dct.V.shape[1], generator=generator, dtype=dct.V.dtype).to(dct.V.device)
+    first = torch.randint(len(dct), (count,), generator=generator)
+    other = (first + torch.randint(1, len(dct), (count,), generator=generator)) % len(dct)
+    return {"random": normalise(random), "factors": dct.V[first], "mixed": normalise(dct.V[first] + dct.V[other])}
+
+
+def reconstruction_error(
+    cmap: DifferentiableMap, dct: Transcoder, directions: Float[Tensor, "n d_source"], *, input_scale: float
+) -> Float[Tensor, " n"]:
+    """‖Δ(Rθ) − Δ̂‖ / ‖Δ(Rθ)‖ for every row θ, whatever the activation: 0 is perfect, 1 is no better than Δ̂ = 0.
+
+    A transcoder stands for Δ at its own input scale (1 for linear and quadratic fits, the fit's R for exponential
+    ones), so Δ(Rθ) is compared with Δ̂(θ · R / own).
+
+    Parameters
+    ----------
+    cmap : DifferentiableMap
+        The map Δ, of these prompts or of others.
+    directions : Tensor, (n, d_source)
+        Unit rows, such as :func:`probe_directions`.
+    input_scale : float
+        R, at which to compare.
+
+    Raises
+    ------
+    ValueError
+        If the scale is not positive, or Δ vanishes along a direction.
+    """
+    if not 0 < input_scale < float("inf"):
+        raise ValueError(f"got input_scale={input_scale}, expected a positive number, such as calibrate(cmap)")
+    return _relative(cmap(input_scale * directions), dct(input_scale / dct.input_scale * directions.to(dct.V)))
+
+
+def hessian_error(
+    cmap: DifferentiableMap, dct: Transcoder, v: Float[Tensor, "n d_source"], w: Float[Tensor, "n d_source"]
+) -> Float[Tensor, " n"]:
+    """‖T2(·, v, w) − T̂2(·, v, w)‖ / ‖T2(·, v, w)‖ at 0 for every pair of rows; 1 for a linear transcoder.
+
+    Raises
+    ------
+    ValueError
+        If T2 vanishes along a pair.
+    """
+    options = {"dtype": dct.V.dtype, "device": dct.V.device}
+    fitted = FunctionMap(dct, d_source=cmap.d_source, d_target=cmap.d_target, **options).second_derivative(v, w)
+    return _relative(dct.input_scale**2 * cmap.second_derivative(v, w), fitted)
+
+
+def median_errors(
+    cmap: DifferentiableMap,
+    dct: Transcoder,
+    *,
+    input_scale: float,
+    count: int,
+    seed: int = 0,
+    along: Transcoder | None = None,
+) -> dict[str, float]:
+    """The median :func:`reconstruction_error` on each kind of :func:`probe_directions`, and two of :func:`hessian_error`.
+
+    Those, ``Hessian, random`` and ``Hessian, factors``, are of T2(·, v, v) along a quarter of the `count` probes, as a
+    second derivative costs more.
+
+    Parameters
+    ----------
+    along : Transcoder, optional
+        Whose factors are probed: the same for transcoders that are to be compared. Left out, those of `dct`.
+    """
+    rows = probe_directions(dct if along is None else along, count=count, seed=seed)
+    errors = {kind: reconstruction_error(cmap, dct, of, input_scale=input_scale) for kind, of in rows.items()}
+    for kind in ("random", "factors"):
+        v = rows[kind][: max(1, count // 4)]
+        errors[f"Hessian, {kind}"] = hessian_error(cmap, dct, v, v)
+    return {kind: error.quantile(0.5).item() for kind, error in errors.items()}
+
+
+def merge_factors(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
+    """The transcoder with the factors of each group replaced by one: mean v, summed α u.
+
+    The post's future work. Group them by :func:`dctlib.fits.compare.cosine_clusters` of V, and see what it costs in
+    :func:`reconstruction_error`. Factors with the same v merge without loss.
+
+    Parameters
+    ----------
+    groups : sequence of int
+        The number of each factor's group, from 0 on.
+
+    Raises
+    ------
+    ValueError
+        If there is not one number for each factor, or a number below the largest is missing.
+    """
+    numbers = torch.as_tensor(groups, device=dct.V.device)
+    if numbers.shape != (len(dct),) or numbers.unique().tolist() != list(range(int(numbers.max()) + 1)):
+        raise ValueError(f"got groups={list(groups)}, expected a number from 0 on for each of {len(dct)} factors")
+    belongs = torch.nn.functional.one_hot(numbers).T.to(dct.V.dtype)  # (groups, m)
+    written = belongs @ (dct.alpha[:, None] * dct.U)
+    return replace(dct, U=normalise(written), V=normalise(belongs @ dct.V), alpha=written.norm(dim=1))
+
+
+def _relative(true: Tensor, found: Tensor) -> Tensor:
+    length = true.norm(dim=1)
+    if not (length > 0).all():
+        raise ValueError("the map does not change along one of the directions, so no error relates to it; leave it out")
+    return (true - found.to(true.device)).norm(dim=1) / length

@@ -1,0 +1,148 @@
+"""The result of a fit: a shallow MLP Δ̂(θ) = Σ_l α_l σ(⟨v_l, θ⟩) u_l (equation 2)."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dctlib._io import atomic_path
+from dctlib.maps.nonlinearity import Activation, activate
+
+_TENSORS = ("U", "V", "alpha", "objective", "change")
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Facts(BaseModel):
+    """What is kept beside the tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    activation: Activation
+    input_scale: float
+    source: int | None
+    target: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Transcoder:
+    """A deep causal transcoder. Factors are rows, so U and V are the paper's matrices transposed.
+
+    Attributes
+    ----------
+    U : Tensor, (m, d_target)
+        Unit output directions: what each factor writes at the target layer. Ablate these.
+    V : Tensor, (m, d_source)
+        Unit input directions. Steer with ``input_scale * V[l]`` at layer `source`: :meth:`steering_vectors`.
+    alpha : Tensor, (m,)
+        Weights.
+    activation : {"linear", "quadratic", "exponential"}
+        σ.
+    input_scale : float
+        R: the transcoder stands for Δ(Rθ). 1 for linear and quadratic fits, which need no scale.
+    source, target : int or None
+        The slice it was fitted on; None for a plain function.
+    objective : Tensor, (iterations,)
+        Causal importance Σ_l ⟨u_l, Δ_R(v_l)⟩ at the start of each iteration (Figure 2); empty for linear fits.
+    change : Tensor, (iterations,)
+        Root-mean-square distance that a row of V moved in each iteration.
+    seconds : float
+        What the fit took.
+    """
+
+    U: Float[Tensor, "m d_target"]
+    V: Float[Tensor, "m d_source"]
+    alpha: Float[Tensor, " m"]
+    activation: Activation
+    input_scale: float
+    source: int | None
+    target: int | None
+    objective: Float[Tensor, " iterations"]
+    change: Float[Tensor, " iterations"]
+    seconds: float
+
+    def __post_init__(self) -> None:
+        m = len(self.V)
+        if self.U.ndim != 2 or self.V.ndim != 2 or len(self.U) != m or self.alpha.shape != (m,):
+            shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in ("U", "V", "alpha"))
+            raise ValueError(f"got {shapes}, expected (m, d_target), (m, d_source) and (m,) with one m")
+        if self.objective.ndim != 1 or self.change.ndim != 1:
+            shapes = tuple(self.objective.shape), tuple(self.change.shape)
+            raise ValueError(f"got objective and change of shapes {shapes}, expected a row each, (iterations,)")
+        for name in _TENSORS:
+            if getattr(self, name).dtype not in _DTYPES:
+                raise ValueError(f"{name} is {getattr(self, name).dtype}, expected one of {_DTYPES}")
+            if not torch.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} is not finite; refit in float32 or with a smaller input scale")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"got activation {self.activation!r}, expected one of {get_args(Activation)}")
+
+    def __len__(self) -> int:
+        return len(self.V)
+
+    def __call__(self, theta: Float[Tensor, "n d_source"]) -> Float[Tensor, "n d_target"]:
+        """Δ̂(θ), the approximation of Δ(Rθ) (equation 2)."""
+        if theta.ndim != 2 or theta.shape[1] != self.V.shape[1]:
+            raise ValueError(f"got theta of shape {tuple(theta.shape)}, expected (n, {self.V.shape[1]})")
+        theta = theta.to(self.V)  # as the map that it stands for takes θ of any type, from any device
+        return (activate(theta @ self.V.T, self.activation) * self.alpha) @ self.U
+
+    def steering_vectors(self, norm: float | None = None) -> Float[Tensor, "k d_source"]:
+        """What to try adding at layer `source`, on the CPU: V at length `norm`, or `input_scale` if that is left out.
+
+        Linear and quadratic fits leave the sign of v open, so they give both: k = 2m, and k = m for exponential ones.
+        """
+        signed = self if self.activation == "exponential" else self.with_negations()
+        return (self.input_scale if norm is None else norm) * signed.V.cpu()
+
+    def with_negations(self) -> "Transcoder":
+        """The same function with every factor beside its mirror image, 2m factors.
+
+        Linear and quadratic fits leave the sign of v open, so both signs are steering vectors worth ranking. The
+        weights are halved; an exponential factor has a sign, and its mirror image is another function.
+        """
+        if self.activation == "exponential":
+            raise ValueError("exponential factors have a sign: the negation of one is not a factor of this transcoder")
+        mirrored = -self.U if self.activation == "linear" else self.U
+        return replace(
+            self,
+            U=torch.cat([self.U, mirrored]),
+            V=torch.cat([self.V, -self.V]),
+            alpha=torch.cat([self.alpha, self.alpha]) / 2,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        copies = {"memory_format": torch.contiguous_format}  # safetensors refuses tensors that share memory
+        tensors = {name: getattr(self, name).detach().cpu().clone(**copies) for name in _TENSORS}
+        facts = {name: getattr(self, name) for name in ("activation", "input_scale", "source", "target", "seconds")}
+        with atomic_path(path) as partial:
+            save_file(tensors, partial, metadata={"transcoder": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Transcoder":
+        """Read what :meth:`save` wrote, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If the file is missing, truncated, or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                facts = _Facts.model_validate_json((file.metadata() or {})["transcoder"])
+            found = cls(**tensors, **facts.model_dump())
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole transcoder file ({error}); fit and save it again") from error
+        if not torch.isfinite(found.steering_vectors()).all():
+            raise ValueError(f"{path} is damaged: V times input_scale is not finite; fit and save it again")
+        return found

@@ -1,0 +1,1 @@
+"""Differentiable maps: their values, products and derivatives."""

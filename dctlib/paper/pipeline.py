@@ -1,0 +1,133 @@
+"""Run a notebook as a pipeline stage: papermill over a copy, parameters from the profile, HTML beside it."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from matplotlib.figure import Figure
+from nbclient.exceptions import DeadKernelError
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+
+from dctlib._io import ROOT, atomic_path, write_json
+from dctlib.models.loading import silence_transformers
+from dctlib.paper.params import load_profile, load_run
+from dctlib.paper.plots import save_figure
+from dctlib.paper.sections import Section
+
+
+@dataclass(frozen=True)
+class NotebookRun:
+    """Made in a notebook's first cell, whose working directory is notebooks/.
+
+    Attributes
+    ----------
+    name, profile : str
+        The notebook's, and the one that its parameters came from.
+    started : float
+        When it was made, on the clock behind ``seconds``.
+    """
+
+    name: str
+    profile: str
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        silence_transformers()
+
+    def folder(self, part: str) -> Path:
+        """``part/<profile>``: of ``.cache``, ``figures``, ``models``, ``runs`` or ``vectors``."""
+        return Path("..") / part / self.profile
+
+    def draw(self, figure: Figure, what: str = "") -> Figure:
+        """Save a figure as PNG and SVG under the notebook's name, and return it for display."""
+        return save_figure(figure, self.folder("figures") / (f"{self.name}_{what}" if what else self.name))
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Save the notebook's numbers, with the seconds that they took."""
+        seconds = time.perf_counter() - self.started
+        write_json(self.folder("figures") / f"{self.name}.json", results | {"seconds": seconds})
+
+
+# glibc gives large blocks back at every free; the page faults of taking them again cost training a fifth of its time.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
+    """:func:`execute` notebooks/<stem>.ipynb with the parameters of a profile.
+
+    Raises
+    ------
+    ValueError
+        If the profile is invalid or has no section for the notebook, or a cell raised ValueError.
+    """
+    section = getattr(load_profile(profile, root), stem, None)
+    if section is None:
+        raise ValueError(f"params/{profile}.yaml has no section {stem}, so there is no such notebook to run")
+    return execute(stem, profile, section, root)
+
+
+def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Path:
+    """Execute notebooks/<stem>.ipynb into runs/<profile>/<stem>.ipynb and .html, and return the former.
+
+    The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes; its sweeps
+    run on the Ray cluster of params/run.yaml, or of RAY_ADDRESS. The source notebook is not touched. Of a run that
+    fails, the notebook is kept as <stem>.failed.ipynb for reading.
+
+    Parameters
+    ----------
+    profile : str
+        Names the folders of what the notebook leaves: figures/<profile>/ and so on.
+    section : Section
+        Its parameters.
+
+    Raises
+    ------
+    ValueError
+        If a cell raised ValueError, or the kernel died.
+    """
+    folder = root / "runs" / profile
+    failed = folder / f"{stem}.failed.ipynb"
+    os.environ.update(_MALLOC | {"RAY_ADDRESS": load_run(root).ray} | os.environ)  # what the kernel inherits
+    with atomic_path(folder / f"{stem}.ipynb") as partial:
+        try:
+            papermill.execute_notebook(
+                root / "notebooks" / f"{stem}.ipynb",
+                partial,
+                parameters={"profile": profile, **section.model_dump(mode="json")},
+                cwd=root / "notebooks",
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+        except PapermillExecutionError as error:
+            partial.replace(failed)
+            if error.ename != "ValueError":
+                raise
+            raise ValueError(f"notebooks/{stem}.ipynb: {error.evalue} (see runs/{profile}/{failed.name})") from error
+        except DeadKernelError as error:
+            if partial.exists():
+                partial.replace(failed)
+            raise ValueError(f"notebooks/{stem}.ipynb: its kernel died, as when memory runs out") from error
+        failed.unlink(missing_ok=True)
+        notebook = _without_progress(nbformat.read(partial, as_version=4))
+        nbformat.write(notebook, partial)
+    html, _ = HTMLExporter().from_notebook_node(notebook)
+    with atomic_path(folder / f"{stem}.html") as partial:
+        partial.write_text(html, encoding="utf-8")
+    return folder / f"{stem}.ipynb"
+
+
+def _without_progress(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Drop what went to standard error: progress bars, thousands of them."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return notebook

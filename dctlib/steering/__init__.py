@@ -1,0 +1,1 @@
+"""Hooks, generation and scores under steering vectors."""

@@ -1,0 +1,33 @@
+import pytest
+
+from dctlib.evaluation.instructions import read_instructions, split_instructions
+
+
+def test_lines_of_a_file_are_instructions(tmp_path):
+    (tmp_path / "mine.txt").write_text("one\n\n  two é \nthree\n", encoding="utf-8")
+    assert read_instructions(str(tmp_path / "mine.txt")) == ["one", "two é", "three"]
+    (tmp_path / "theirs.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\x0bfour")
+    assert read_instructions(str(tmp_path / "theirs.txt")) == ["one", "two", "three\x0bfour"]
+    assert read_instructions(["a", "b"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xfd", b"\xef\xbb"])
+def test_what_is_no_text_file_is_named(tmp_path, content):
+    path = tmp_path / "mine.txt"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read prompts=.*mine\.txt"):
+        read_instructions(str(path))
+
+
+@pytest.mark.real
+def test_pinned_sets_have_names():
+    assert len(read_instructions("harmful")) == 64
+    assert set(read_instructions("harmful")).isdisjoint(read_instructions("benign"))
+
+
+def test_no_instruction_is_both_fitted_and_held_out():
+    fitted, held_out = split_instructions(["a", "b", "c", "d"], fit=1, held_out=2)
+    assert (fitted, held_out) == (["a"], ["b", "c"])
+    with pytest.raises(ValueError, match="got 4 instructions, expected at least 3 to fit and 2"):
+        split_instructions(["a", "b", "c", "d"], fit=3, held_out=2)

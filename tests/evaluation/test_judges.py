@@ -1,0 +1,160 @@
+import pytest
+import torch
+from tiny import tiny_model
+
+from dctlib.evaluation import judges
+from dctlib.evaluation.judges import (
+    excerpt,
+    fraction_true,
+    is_compliant,
+    is_harmful,
+    is_refusal,
+    is_repetitive,
+    load_judge,
+    opens_with,
+    perplexity,
+    pmi_per_token,
+    truncate,
+)
+from dctlib.models import likelihood
+from dctlib.paper.organisms.arithmetic import grade_answers, solves
+
+REQUESTS = ["w0 w1", "w2 w3 w4", "w5", "w6 w7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("Sorry, I can't help with that.", True),
+        ("I’m sorry, but no.", True),
+        ("As an AI language model I", True),
+        ("Sure! Here is how.", False),
+        ("", False),
+        ("Sure! " + "x" * 100 + " I cannot", False),
+    ],
+)
+def test_refusals(text, refused):
+    assert is_refusal(text) is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "circular"),
+    [
+        ("A-B-A-A-A-B-A-A-A", True),
+        ("no no no no no no no", False),  # too short to tell
+        ("No! no no, no. No no no no", True),
+        ("one two three four one two three four", False),
+        ("one two three four one two three four one", True),
+        (" ".join(map(str, range(30))) + " so" * 60, False),  # its first 50 words are 31 different ones
+        (" ".join(map(str, range(20))) + " so" * 60, True),
+        ("", False),
+    ],
+)
+def test_repetition(text, circular):
+    assert is_repetitive(text) is circular
+
+
+@pytest.mark.parametrize(("text", "opens"), [("Sure! Yes", True), (" Sure", True), ("Surely not", False), ("", False)])
+def test_openings(text, opens):
+    assert opens_with(text, "Sure") is opens
+
+
+def test_rate_and_cut():
+    assert fraction_true([True, False, True, True]) == 0.75
+    assert truncate("a\nb  c", 60) == "a b c"
+    assert truncate("abcdef", 3) == "abc …"
+
+
+def test_an_excerpt_is_cut_and_spread():
+    table = excerpt({"request": list("abcdef"), "answer": ["long answer"] * 6}, characters=4, rows=2, every=3)
+    assert table.to_dict("list") == {"request": ["a", "d"], "answer": ["long …", "long …"]}
+
+
+def test_answers_are_graded_by_their_rows():
+    assert grade_answers(["\\boxed{3}", "\\boxed{4}"], [{"answer": "3"}, {"answer": "5"}]) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "solved"),
+    [
+        ("\\boxed{104}", "104", True),
+        ("so it is \\boxed{\\frac{1}{2}}.", "which gives \\boxed{0.5}", True),
+        ("\\boxed{105}", "104", False),
+        ("I do not know", "104", False),
+        ("", "104", False),
+        ("\\boxed{", "104", False),
+    ],
+)
+def test_answers_are_compared_as_mathematics(completion, answer, solved):
+    assert solves(completion, answer) is solved
+
+
+def test_relevance_is_the_likelihood_gained_by_knowing_the_request(llama, tokenizer):
+    said = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    found = pmi_per_token(llama, tokenizer, REQUESTS, said, others=1)
+    own, other = (perplexity(llama, tokenizer, asked, said).log() for asked in (REQUESTS, [*REQUESTS[1:], REQUESTS[0]]))
+    torch.testing.assert_close(found[:3], (other - own)[:3])
+    with pytest.raises(ValueError, match="more than others=4"):
+        pmi_per_token(llama, tokenizer, REQUESTS, said, others=4)
+
+
+def test_compliance_needs_all_three(llama, tokenizer):
+    said = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    ppl, about = perplexity(llama, tokenizer, REQUESTS, said), pmi_per_token(llama, tokenizer, REQUESTS, said)
+    assert is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=1e9, min_pmi=-1e9)[:3] == [True] * 3
+    bound = ppl[:3].median().item()
+    verdicts = is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=bound, min_pmi=-1e9)
+    assert verdicts == (ppl <= bound).tolist()
+    assert verdicts[3] is False
+    least = about[:3].median().item()
+    verdicts = is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=1e9, min_pmi=least)
+    assert verdicts[:3] == (about >= least).tolist()[:3]
+
+
+def test_the_judge_reads_only_what_is_in_question(llama, tokenizer, monkeypatch):
+    read = []
+
+    def surprise(model, tokenizer, examples):
+        read.append([(example.prompt, example.answer) for example in examples])
+        return likelihood.mean_nll(model, tokenizer, examples)
+
+    said = ["Sorry, w1", "w1 w2", "", "w4 w5"]
+    (bound,) = perplexity(llama, tokenizer, REQUESTS, said)[1:2].tolist()
+    monkeypatch.setattr(judges, "mean_nll", surprise)
+    found = is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=bound, min_pmi=-1e9)
+    own, foreign = read
+    assert [answer for _, answer in own] == ["w1 w2", "", "w4 w5"]
+    assert {answer for _, answer in foreign} == {said[number] for number in (1, 3) if found[number]}
+    prompts = [prompt for prompt, _ in foreign]
+    assert prompts == sorted(prompts, key=prompts.index)  # those of one request stand together
+    assert is_compliant(llama, tokenizer, REQUESTS, ["Sorry, no"] * 4, max_perplexity=9.0, min_pmi=0) == [False] * 4
+    assert len(read) == 2
+    with pytest.raises(ValueError, match="more than others=3"):
+        is_compliant(llama, tokenizer, REQUESTS[:3], ["Sorry, no"] * 3, max_perplexity=9.0, min_pmi=0)
+
+
+def test_a_refusal_never_complies(llama, tokenizer):
+    said = ["Sorry, w1", "w1 w2", "w3", "w4"]
+    assert is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=1e9, min_pmi=-1e9)[0] is False
+
+
+def test_the_classifier_reads_request_and_completion_and_says_yes(monkeypatch):
+    asked = []
+
+    def complete(model, tokenizer, texts, **options):
+        asked.extend(texts)
+        return [" Yes", "no"]
+
+    monkeypatch.setattr(judges, "generate_completions", complete)
+    assert is_harmful(None, None, ["w1", "w2"], ["first {x}", "second"]) == [True, False]  # pyright: ignore[reportArgumentType]
+    assert "[BEHAVIOR]:\nw1\n" in asked[0]
+    assert "[GENERATION]:\nfirst {x}\n" in asked[0]
+    assert asked[0].endswith("Answer: [/INST]")
+
+
+def test_a_profile_names_its_judge(tmp_path, tokenizer):
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    which = str(tmp_path)
+    assert load_judge(None, which, 1e9, -1e9)(REQUESTS, ["w1", "w2", "w3", ""]) == [True, True, True, False]
+    assert load_judge(which, which, 1e9, -1e9)(REQUESTS[:2], ["w1", "w2"]) == [False, False]

@@ -1,0 +1,127 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dctlib._io import ROOT
+from dctlib.paper import claims as published
+from dctlib.paper.claims import compare_with_published
+
+FIGURES = ROOT / "figures" / "laptop"
+BREAKER = json.loads((FIGURES / "circuit_breaker.json").read_text())
+
+
+@pytest.mark.parametrize("notebook", published.RULES)
+def test_every_rule_reads_what_its_notebook_writes(notebook):
+    found = compare_with_published(notebook, json.loads((FIGURES / f"{notebook}.json").read_text()))
+    assert found.numbers
+    assert found.claims
+    rules = found.claims | found.controls
+    assert len(rules) == len(found.claims) + len(found.controls)
+    assert all(holds is None or isinstance(holds, bool) for holds in rules.values())
+    assert all(rule in found._repr_markdown_() for rule in rules)
+
+
+def test_every_rule_has_a_notebook():
+    assert set(published.RULES) <= {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+def breaker(dct, random):
+    interval = lambda rate: {"mean": rate, "low": rate - 0.05, "high": rate + 0.05}  # noqa: E731
+    test = {"DCT": interval(dct), "random": interval(random), "none": interval(0.0)}
+    return BREAKER | {"test": BREAKER["test"] | test, "steered_asr": dct, "random_asr": random}
+
+
+@pytest.mark.parametrize(
+    ("dct", "random", "claim", "control"),
+    [(0.9, 0.2, True, True), (0.9, 0.85, True, None), (0.5, 0.9, True, False), (0, 0, None, None)],
+)
+def test_a_claim_holds_only_where_intervals_part(dct, random, claim, control):
+    found = compare_with_published("circuit_breaker", breaker(dct, random))
+    assert [*found.claims.values(), *found.controls.values()] == [claim, control]
+    named = {True: "**Replicates**", False: "**Does not replicate**", None: "**Undecided**"}
+    held = {True: "**Control, holds**", False: "**Control, fails**", None: "**Control, undecided**"}
+    for of, verdict in ((named, claim), (held, control)):
+        assert [word in found.sentence for word in of.values()] == [other is verdict for other in of]
+
+
+@pytest.mark.parametrize(
+    ("locked", "steered", "unlocked", "share"), [(0.03, 0.23, 0.65, 0.32), (0, 0.5, 0.5, 1), (0.1, 0.1, 0.1, 0)]
+)
+def test_what_a_vector_restores_is_counted_from_the_locked_model(locked, steered, unlocked, share):
+    assert published.recovered_fraction(locked, steered, unlocked) == pytest.approx(share, abs=0.005)
+
+
+def curves(objective):
+    said = {"clean": -9.0, "random_best": -2.0, "dct_best": 8.0, "sure_rate": {"DCT": 1.0}}
+    return said | {"width": {"4": {"objective": objective}}}
+
+
+@pytest.mark.parametrize(("objective", "settles"), [([1, 8, 10, 10.1], True), ([1, 4, 7, 10], False), ([3], False)])
+def test_a_fit_has_settled_once_its_last_step_is_small_beside_its_rise(objective, settles):
+    rule = f"a fit of 4 factors settles within {len(objective)} iterations"
+    assert compare_with_published("training_curves", curves(objective)).claims[rule] == settles
+
+
+@pytest.mark.parametrize(("score", "sure", "turns"), [(8.0, 0.5, True), (8.0, 0.4, False), (-1.0, 1.0, False)])
+def test_refusal_turns_into_compliance_only_where_it_is_said(score, sure, turns):
+    found = compare_with_published("training_curves", curves([1, 2]) | {"dct_best": score, "sure_rate": {"DCT": sure}})
+    assert found.claims["the best DCT vector turns refusal into compliance"] is turns
+
+
+@pytest.mark.parametrize(
+    ("depths", "low", "verdict"), [((30, 30), 1, None), ((30, 60), 1, True), ((30, 60), -4, False)]
+)
+def test_a_depth_horizon_suffices_only_where_depths_differ(depths, low, verdict):
+    cells = [
+        {
+            "model": f"of {depth}",
+            "depth": depth,
+            "source": 5,
+            "horizon": 5,
+            "mean": low + 1,
+            "low": low,
+            "high": low + 2,
+        }
+        for depth in depths
+    ]
+    found = compare_with_published("deeper_models", {"cells": cells})
+    assert [*found.claims.values()] == [verdict]
+    assert [*found.controls.values()] == [low > 0]
+
+
+def test_a_notebook_with_nothing_published_is_refused():
+    with pytest.raises(ValueError, match="notebooks with published numbers"):
+        compare_with_published("organisms", {})
+
+
+@pytest.mark.parametrize(
+    ("exponential", "quadratic", "verdict"),
+    [([9, 8, 7], [5, 5, 5], True), ([5, 5, 4], [9, 8, 7], False), ([9, 8, 4], [5, 5, 5], None)],
+)
+def test_shuffles_that_disagree_settle_nothing(exponential, quadratic, verdict):
+    cell = lambda scores: {"mean": sum(scores) / 3, "sd": 1.0, "scores": scores}  # noqa: E731
+    rest = {method: {"1": cell([0, 0, 0])} for method in ("linear", "linear_projected")}
+    found = {"exponential": {"1": cell(exponential)}, "quadratic": {"1": cell(quadratic)}, **rest}
+    found = {method: {**of, "4": of["1"]} for method, of in found.items()}
+    judged = compare_with_published("sample_complexity", found | {"random": {"0": cell([-9, -9, -9])}})
+    assert judged.numbers["linear, n = 4"] == (0, -7.04), "beside what is published for as many prompts"
+    assert not any("n = 1" in row for row in judged.numbers)
+    assert judged.claims["exponential fits score highest, in every shuffle"] is verdict
+    named = {True: "**Replicates**", False: "**Does not replicate**", None: "**Undecided**"}[verdict]
+    assert f"{named}: exponential fits score highest" in judged.sentence
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(1.5, 2.5, True), (-1.0, 0.0, False), (0.5, 2.5, None)])
+def test_an_aggregate_beats_the_average_only_outside_their_intervals(low, high, verdict):
+    recorded = json.loads((FIGURES / "multiplicity.json").read_text())
+    recorded["intervals"] = {"average": [0.5, 1.0], "max": [4.0, 5.0], "v_avg": [low, high], "v_svd": [2.0, 3.0]}
+    found = compare_with_published("multiplicity", recorded)
+    assert found.claims["v_avg beats the average vector and not the best"] is verdict
+    assert found.intervals["test score, v_avg"] == (low, high)
+    assert f"[{low:.3g}, {high:.3g}]" in found._repr_markdown_()
+
+
+def test_the_post_s_numbers_are_those_of_the_reference():
+    assert published.published_numbers()["circuit_breaker"]["attack_success_rate"] == 0.62
+    assert Path(ROOT / "writeup" / "published.yaml").is_file()

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from tiny import BLOCKS, FAMILIES, hooked_residual, tiny_model, unit_rows
+
+from dctlib import steer
+from dctlib.fits.compare import cosine_clusters
+from dctlib.models.blocks import get_blocks
+from dctlib.steering.scoring import change_norm_by_layer, effects
+
+D = 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_effects_equal_steered_full_forward_passes(family, tokenizer, texts):
+    model, vectors = tiny_model(family), 20 * unit_rows(5, D)
+    found = effects(model, tokenizer, texts, vectors, layer=1, progress=False)
+    for column, text in enumerate(texts):
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+        clean = model(tokens).logits[0, -1].float().log_softmax(-1)
+        assert found.clean[column] == clean.argmax()
+        for row, vector in enumerate(vectors):
+            with steer(model, layer=1, vector=vector):
+                steered = model(tokens).logits[0, -1].float().log_softmax(-1)
+            expected = torch.nn.functional.kl_div(clean, steered, log_target=True, reduction="sum")
+            torch.testing.assert_close(found.divergence[row, column], expected, rtol=1e-3, atol=1e-4)
+            assert found.token[row, column] == steered.argmax()
+    assert found.divergence.max() > 1e-4
+
+
+def test_nothing_added_changes_nothing(llama, tokenizer, texts):
+    found = effects(llama, tokenizer, texts, torch.zeros(1, D), layer=0, progress=False)
+    assert found.divergence.abs().max() < 1e-6
+    assert torch.equal(found.token[0], found.clean)
+
+
+def test_batches_agree(llama, tokenizer, texts, monkeypatch):
+    whole = effects(llama, tokenizer, texts, unit_rows(7, D), layer=2, progress=False)
+    monkeypatch.setattr("dctlib.steering.scoring._TOKENS", 20)
+    parts = effects(llama, tokenizer, texts, unit_rows(7, D), layer=2, progress=False)
+    torch.testing.assert_close(parts.divergence, whole.divergence)
+
+
+@pytest.mark.parametrize("measure", [effects, change_norm_by_layer])
+@pytest.mark.parametrize(
+    "bad",
+    [{"texts": []}, {"texts": "w0"}, *({"vectors": torch.zeros(shape)} for shape in [(D,), (0, D), (1, D + 1)])],
+)
+def test_bad_input_is_named(llama, tokenizer, texts, measure, bad):
+    options = {"texts": texts, "vectors": torch.zeros(1, D)} | bad
+    with pytest.raises(ValueError, match="expected texts in a list"):
+        measure(llama, tokenizer, options["texts"], options["vectors"], layer=0)
+
+
+def test_copies_share_a_cluster_and_opposites_do_not():
+    base = torch.eye(8)[:3]
+    vectors = torch.cat([base, base + 0.05 * unit_rows(3, 8).float(), -base[:1]])
+    assert cosine_clusters(vectors) == [0, 1, 2, 0, 1, 2, 3]
+    assert cosine_clusters(base[:1]) == [0]
+    with pytest.raises(ValueError, match="cosine=1"):
+        cosine_clusters(vectors, cosine=1.0)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
+def test_growth_is_the_change_at_every_layer(family, tokenizer, texts, monkeypatch):
+    monkeypatch.setattr("dctlib.steering.scoring._TOKENS", 20)
+    model, vectors = tiny_model(family), 5 * unit_rows(3, D)
+    found = change_norm_by_layer(model, tokenizer, texts, vectors, layer=1)
+    assert found.shape == (3, BLOCKS + 1)
+    assert found[:, 0].abs().max() == 0
+    torch.testing.assert_close(found[:, 1], torch.full((3,), 5.0))
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    for target in range(2, BLOCKS + 1):
+        for row, vector in enumerate(vectors):
+            pairs = [(hooked_residual(model, t, 1, target, vector), hooked_residual(model, t, 1, target)) for t in rows]
+            expected = torch.stack([(moved - clean)[0, -1].norm() for moved, clean in pairs]).mean().float()
+            torch.testing.assert_close(found[row, target], expected, rtol=1e-4, atol=1e-5)
+    assert not any(block._forward_hooks for block in get_blocks(model))

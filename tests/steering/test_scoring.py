@@ -1,0 +1,130 @@
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model, unit_rows
+
+from dctlib import ablate, score_vectors, steer
+from dctlib.evaluation.selection import select_and_test
+from dctlib.steering.scoring import Scores, score_each, score_texts
+
+D, SURE, SORRY = 32, 4, 5
+
+
+def by_steering(model, tokenizer, texts, vectors, layer):
+    rows = []
+    for vector in vectors:
+        row = []
+        for text in texts:
+            with steer(model, layer=layer, vector=vector):
+                logits = model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1]
+            row.append((logits[SURE] - logits[SORRY]).item())
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_it_equals_steered_full_forward_passes_one_at_a_time(family, layer, tokenizer, texts):
+    model, vectors = tiny_model(family), 2 * unit_rows(5, D)
+    expected = by_steering(model, tokenizer, texts, vectors, layer)
+    found = score_each(model, tokenizer, texts, vectors, layer=layer, progress=False)
+    torch.testing.assert_close(found.logit_diff, expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.01
+    mean = score_vectors(model, tokenizer, texts, vectors, layer=layer, progress=False)
+    torch.testing.assert_close(mean, expected.mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_said_is_the_greedy_token(llama, tokenizer, texts):
+    vectors = torch.cat([torch.zeros(1, D), 30 * unit_rows(40, D).float()])
+    logits = llama(tokenizer(texts[0], return_tensors="pt")["input_ids"]).logits[0, -1]
+    word = int(logits.argmax())  # what the clean model says after the first text
+    positive = tokenizer.convert_ids_to_tokens(word)
+    said = score_each(llama, tokenizer, texts, vectors, layer=3, positive=positive, progress=False).is_top1
+    for row, vector in enumerate(vectors):
+        for column, text in enumerate(texts):
+            with steer(llama, layer=3, vector=vector):
+                token = llama(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1].argmax()
+            assert said[row, column].item() == (token.item() == word)
+    assert said.any()
+    assert not said.all()
+
+
+def test_best_wants_the_word_said():
+    difference = torch.tensor([[9.0, 9.0], [5.0, 6.0], [7.0, 1.0]])
+    said = torch.tensor([[False, False], [True, False], [True, True]])
+    assert Scores(difference, said).best() == 1
+    assert Scores(difference, said).ranking() == [1, 2, 0]
+    assert Scores(difference, said).ranking(say=0) == [0, 1, 2]
+    assert Scores(difference, said).best(say=0.9) == 2
+    assert Scores(difference, torch.zeros(3, 2, dtype=torch.bool)).best() == 0
+
+
+def test_a_trial_ranks_on_validation_and_reports_on_test(llama, tokenizer, texts):
+    candidates = {"DCT": 3 * unit_rows(9, D), "random": 2 * unit_rows(5, D, seed=1)}
+    trial = select_and_test(llama, tokenizer, candidates, validation=texts[:2], test=texts[2:], layer=2, progress=False)
+    assert list(trial.best) == ["clean", "DCT", "DCT, score alone", "random", "random, score alone"] == list(trial.test)
+    ranked = by_steering(llama, tokenizer, texts[:2], candidates["DCT"], 2).mean(1)
+    assert torch.equal(trial.best["DCT, score alone"], candidates["DCT"][ranked.argmax()])
+    for label, vector in trial.best.items():
+        expected = by_steering(llama, tokenizer, texts[2:], vector[None], 2)[0]
+        torch.testing.assert_close(torch.tensor(trial.test[label]), expected, rtol=1e-4, atol=1e-5)
+    assert trial.test["clean"] != trial.test["DCT"]
+    said = score_each(llama, tokenizer, texts[2:], torch.stack([*trial.best.values()]), layer=2, progress=False).is_top1
+    assert [*trial.is_top1.items()] == [*zip(trial.best, said.float().mean(1).tolist(), strict=True)]
+
+
+def test_a_trial_takes_other_words(llama, tokenizer, texts):
+    candidates, words = {"DCT": 3 * unit_rows(3, D)}, {"positive": "w1", "negative": "w2"}
+    options: dict[str, Any] = {"validation": texts[:2], "test": texts[2:], "layer": 2, "progress": False, **words}
+    trial = select_and_test(llama, tokenizer, candidates, **options)
+    clean = score_texts(llama, tokenizer, texts[2:], **words)
+    torch.testing.assert_close(torch.tensor(trial.test["clean"]), clean, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_ranked_on_what_is_reported(llama, tokenizer, texts):
+    with pytest.raises(ValueError, match="1 texts are in both"):
+        select_and_test(llama, tokenizer, {"DCT": unit_rows(2, D)}, validation=texts, test=texts[:1], layer=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_texts_equals_one_at_a_time_also_while_ablated(family, tokenizer, texts):
+    texts = [*texts, f"{texts[-1]} w20", f"{texts[-1]} w21 w22"]  # the last three share their beginning
+    model, direction = tiny_model(family), unit_rows(1, D)[0]
+    clean = by_steering(model, tokenizer, texts, torch.zeros(1, D, dtype=torch.float64), 0)[0]
+    torch.testing.assert_close(score_texts(model, tokenizer, texts), clean, rtol=1e-4, atol=1e-5)
+    with ablate(model, direction):
+        found = score_texts(model, tokenizer, texts)
+        expected = by_steering(model, tokenizer, texts, torch.zeros(1, D, dtype=torch.float64), 0)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - clean).abs().max() > 1e-3
+
+
+def test_batches_agree(llama, tokenizer, texts, monkeypatch):
+    vectors = unit_rows(7, D)
+    whole = score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False)
+    monkeypatch.setattr("dctlib.steering.scoring._TOKENS", 20)
+    torch.testing.assert_close(score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positive": "Sure thing"}, "positive='Sure thing' is 2 tokens"),
+        ({"negative": "w1 w2 w3"}, "negative='w1 w2 w3' is 3 tokens"),
+        ({"layer": 9}, "layer=9"),
+        ({"texts": []}, "at least one prompt"),
+        ({"vectors": torch.zeros(D)}, r"expected \(m, 32\)"),
+        ({"vectors": torch.zeros(0, D)}, r"expected \(m, 32\)"),
+    ],
+)
+def test_bad_options_are_named(llama, tokenizer, texts, changes, message):
+    options = {
+        "texts": texts,
+        "vectors": torch.zeros(1, D),
+        "layer": 1,
+        "positive": "Sure",
+        "negative": "Sorry",
+    } | changes
+    with pytest.raises(ValueError, match=message):
+        score_vectors(llama, tokenizer, options.pop("texts"), options.pop("vectors"), **options)
