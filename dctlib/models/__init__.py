@@ -1,0 +1,1 @@
+"""Language models: loading, parts, chat format. The only room that knows model families."""

@@ -1,0 +1,1 @@
+"""Results remembered, sweeps, Ray."""

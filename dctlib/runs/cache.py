@@ -1,0 +1,98 @@
+"""Results remembered under a key of their inputs and of the version that their task declares."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dctlib._io import sha256, atomic_path
+from dctlib.fits.solvers import FIT_VERSION
+from dctlib.fits.transcoder import Transcoder
+from dctlib.maps.causal import CausalMap
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+
+def task(*, version: int) -> Callable[[Function], Function]:
+    """Declare the version of a function whose results are remembered.
+
+    Raise the version in the same commit as any change that alters the function's results, also a change in what the
+    function calls. Renames, moves and faster code keep the version, so they keep the results.
+    """
+
+    def declare(function: Function) -> Function:
+        function.version = version  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return declare
+
+
+def declared_version(function: Callable[..., Any]) -> int:
+    """Return the version that :func:`task` declared.
+
+    Raises
+    ------
+    ValueError
+        If the function declares none.
+    """
+    version = getattr(function, "version", None)
+    if not isinstance(version, int):
+        raise ValueError(f"{function!r} declares no version, expected @task(version=1) from dctlib.runs.cache above it")
+    return version
+
+
+def cache_key(name: str, version: int, inputs: Mapping[str, Any]) -> str:
+    """Hash a task's name, its version and its JSON-able inputs: 32 hexadecimal digits.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an input is not JSON, or is NaN or infinite.
+    """
+    text = json.dumps([name, version, dict(inputs)], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def remember(
+    folder: str | Path,
+    key: str,
+    make: Callable[[], Result],
+    *,
+    save: Callable[[Result, Path], object] = lambda value, path: path.write_text(json.dumps(value)),
+    load: Callable[[Path], Result] = lambda path: json.loads(path.read_text()),
+) -> Result:
+    """Return what `make` gave under this `key`, calling it only the first time.
+
+    Parameters
+    ----------
+    folder : path
+        Where results lie, one file each. A file's name holds its key and its own checksum, so a damaged file is found
+        and made again.
+    key : str
+        From :func:`cache_key`.
+    make : callable
+        Computes the result. A run that is killed inside it leaves nothing; the next run calls it again.
+    save, load : callable
+        How a result becomes a file and back; JSON by default.
+    """
+    folder = Path(folder)
+    for path in folder.glob(f"{key}.*"):
+        if path.name == f"{key}.{sha256(path)[:16]}":
+            return load(path)
+        path.unlink()  # damaged
+    with atomic_path(folder / key) as partial:
+        save(make(), partial)
+    return load((folder / key).rename(folder / f"{key}.{sha256(folder / key)[:16]}"))
+
+
+def cached_fit(
+    folder: str | Path, fit: Callable[..., Transcoder], cmap: CausalMap, **settings: int | float | str
+) -> Transcoder:
+    """Return ``fit(cmap, **settings)``, computed once for each map and settings and then read from `folder`.
+
+    The key holds the map's digest, the settings, and :data:`dctlib.fits.solvers.FIT_VERSION`.
+    """
+    key = cache_key(fit.__name__, FIT_VERSION, {"map": cmap.digest, **settings})
+    return remember(folder, key, lambda: fit(cmap, **settings), save=Transcoder.save, load=Transcoder.load)

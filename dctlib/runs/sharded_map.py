@@ -1,0 +1,164 @@
+"""One causal map over many devices: its factors are divided among Ray actors, each with the slice of the model."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from dctlib.maps.causal import CausalMap
+from dctlib.runs.cluster import get_result, connect, max_workers
+from dctlib.maps.base import DifferentiableMap
+from dctlib.models.blocks import get_blocks
+from dctlib.models.loading import load_model
+
+_FACTS = ("d_source", "d_target", "dtype", "scale", "source", "target", "chunk_size", "digest")
+
+
+class ShardedMap(DifferentiableMap):
+    """The map of :class:`dctlib.CausalMap`; of each product, each of `shards` actors computes a part of the rows.
+
+    Rows do not meet in any product, so it is equal to the map of one process up to rounding, and fits take one for the
+    other. An actor that is killed is started again and builds its map again; the product goes on.
+
+    Parameters
+    ----------
+    model : str
+        What :func:`dctlib.load_model` takes, on every node: a folder must lie on each.
+    texts : sequence of str
+        Whole prompts.
+    source, target, positions
+        As in :meth:`dctlib.CausalMap.from_model`.
+    dtype : str, optional
+        As in :func:`dctlib.load_model`.
+    shards : int
+        Actors.
+    cpus : int
+        Of each actor, which are its threads.
+    gpus : float
+        Of each actor, 1 for a map on GPUs; more where one does not hold the slice, whose blocks are then spread.
+    ray : str
+        The cluster, as :func:`dctlib.runs.cluster.connect` takes it.
+
+    Attributes
+    ----------
+    digest : str
+        That of the map in one process.
+
+    Raises
+    ------
+    ValueError
+        If the cluster has no room for so many actors, or the nodes build different maps, or as
+        :meth:`dctlib.CausalMap.from_model` does.
+    """
+
+    digest: str
+
+    def __init__(
+        self,
+        model: str,
+        texts: Sequence[str],
+        *,
+        source: int,
+        target: int,
+        positions: int = 3,
+        dtype: str | None = None,
+        shards: int,
+        cpus: int = 1,
+        gpus: float = 0,
+        ray: str = "auto",
+    ):
+        self._ray = connect(ray)
+        if not 1 <= shards <= (most := max_workers(self._ray, cpus=cpus, gpus=gpus)):
+            raise ValueError(
+                f"got shards={shards} of {cpus} CPUs and {gpus:g} GPUs, expected 1 to {most} on this cluster"
+            )
+        where = {"source": source, "target": target, "positions": positions}
+        loading = {"dtype": dtype, "device": "auto" if gpus > 1 else "cuda" if gpus else "cpu"}
+        resources = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+        actor = self._ray.remote(_Shard).options(**resources, max_restarts=3, max_task_retries=3)
+        model = str(Path(model).resolve()) if Path(model).is_dir() else model  # an actor works in another directory
+        self._shards = [actor.remote(model, list(texts), where, loading, cpus) for _ in range(shards)]
+        facts = get_result(self._ray, [shard.facts.remote() for shard in self._shards])
+        if len({found["digest"] for found in facts}) > 1:
+            raise ValueError(f"the nodes build different maps of {model!r}; give all the same files and kind of device")
+        for name, value in facts[0].items():
+            setattr(self, name, value)
+        self.device, self.chunk_size = torch.device("cpu"), sum(found["chunk_size"] for found in facts)
+
+    def __call__(self, theta: Float[Tensor, "m d_source"]) -> Float[Tensor, "m d_target"]:
+        return self._product("__call__", theta=theta)
+
+    def value_and_vjp(
+        self, theta: Float[Tensor, "m d_source"], cotangent: Float[Tensor, "m d_target"]
+    ) -> tuple[Float[Tensor, "m d_target"], Float[Tensor, "m d_source"]]:
+        joined = self._product("value_and_vjp", theta=theta, cotangent=cotangent)
+        return joined[:, : self.d_target].contiguous(), joined[:, self.d_target :].contiguous()
+
+    def vjp_at_zero(self, cotangent: Float[Tensor, "m d_target"]) -> Float[Tensor, "m d_source"]:
+        return self._product("vjp_at_zero", cotangent=cotangent)
+
+    def jvp(
+        self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]
+    ) -> Float[Tensor, "m d_target"]:
+        return self._product("jvp", theta=theta, tangent=tangent)
+
+    def second_derivative(
+        self, v: Float[Tensor, "m d_source"], w: Float[Tensor, "m d_source"]
+    ) -> Float[Tensor, "m d_target"]:
+        return self._product("second_derivative", v=v, tangent=w)
+
+    def second_derivative_vjp(
+        self, u: Float[Tensor, "m d_target"], v: Float[Tensor, "m d_source"]
+    ) -> Float[Tensor, "m d_source"]:
+        return self._product("second_derivative_vjp", cotangent=u, tangent=v)
+
+    def close(self) -> None:
+        """End the actors, so that the cluster has their devices again. The map computes nothing afterwards."""
+        for shard in self._shards:
+            self._ray.kill(shard)
+
+    def _product(self, name: str, **rows: Tensor) -> Tensor:
+        def divided(*rows: Tensor) -> Tensor:
+            parts = zip(*(each.tensor_split(min(len(each), len(self._shards))) for each in rows), strict=True)
+            calls = [
+                shard.product.remote(name, *(each.clone() for each in part))  # a view would travel with all its tensor
+                for shard, part in zip(self._shards, parts, strict=False)
+            ]
+            return torch.cat(get_result(self._ray, calls))
+
+        return self._chunked(divided, **rows)
+
+    def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        raise NotImplementedError("the terms lie with the actors")
+
+    def _clean(self) -> Tensor:
+        raise NotImplementedError("the clean value lies with the actors")
+
+
+class _Shard:
+    """An actor: the map on its device. Built at the first call, so that an error of it reaches the caller as itself."""
+
+    def __init__(self, model: str, texts: list[str], where: dict[str, Any], loading: dict[str, Any], threads: int):
+        self._recipe = model, texts, where, loading
+        torch.set_num_threads(threads)
+
+    @cached_property
+    def _built(self) -> tuple[CausalMap, dict[str, Any]]:
+        name, texts, where, loading = self._recipe
+        model, tokenizer = load_model(name, **loading)
+        cmap = CausalMap.from_model(model, tokenizer, texts, **where)
+        facts = {fact: getattr(cmap, fact) for fact in _FACTS}  # before the weights go that the digest is a hash of
+        blocks = list(get_blocks(model))
+        unused: list[Any] = [*blocks[: where["source"]], *blocks[where["target"] :]]
+        for module in [*unused, model.get_input_embeddings(), model.get_output_embeddings()]:
+            module.to("meta")
+        return cmap, facts
+
+    def facts(self) -> dict[str, Any]:
+        return self._built[1]
+
+    def product(self, name: str, *rows: Tensor) -> Tensor:
+        found = getattr(self._built[0], name)(*rows)
+        return torch.cat(found, dim=1).cpu() if isinstance(found, tuple) else found.cpu()
