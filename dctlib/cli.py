@@ -17,7 +17,7 @@ ProfileOption = Annotated[
 @app.command()
 def assets() -> None:
     """Fetch the pinned data and model, and check them."""
-    from dctlib.models.blocks import assets as pinned
+    from dctlib.models import assets as pinned
 
     for name, asset in pinned.ASSETS.items():
         if not asset.on_demand:

@@ -9,9 +9,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import torch
 from safetensors import SafetensorError, safe_open
-from dctlib._io import ROOT, sha256, atomic_path
+
+from dctlib._io import ROOT, atomic_path, sha256
 
 
 @dataclass(frozen=True)

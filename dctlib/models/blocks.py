@@ -1,22 +1,15 @@
 """The parts of a model that the library names: blocks, norms, the modules that write to the residual stream. The only room that knows model families."""
 
-import hashlib
-import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
+
 import torch
 from accelerate.utils import align_module_device
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
-from dctlib.models import assets
-from dctlib._io import ROOT
+from transformers import PreTrainedModel
 
 # Where each family keeps its list of blocks and the norm behind the last one.
 _BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.language_model.layers")
@@ -42,7 +35,9 @@ def _part(model: nn.Module, paths: tuple[str, ...], kind: type) -> Any:
             continue
         if isinstance(part, kind):
             return part
-    raise ValueError(f"{type(model).__name__} keeps none of {', '.join(paths)}; add its layout to dctlib/models/blocks.py")
+    raise ValueError(
+        f"{type(model).__name__} keeps none of {', '.join(paths)}; add its layout to dctlib/models/blocks.py"
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,9 @@ def _child(module: nn.Module, *names: str) -> nn.Module:
     for name in names:
         if isinstance(found := getattr(module, name, None), nn.Module):
             return found
-    raise ValueError(f"{type(module).__name__} has none of {', '.join(names)}; add its layout to dctlib/models/blocks.py")
+    raise ValueError(
+        f"{type(module).__name__} has none of {', '.join(names)}; add its layout to dctlib/models/blocks.py"
+    )
 
 
 # Families whose positions meet in attention alone, under whatever mask and positions they are given.

@@ -1,30 +1,11 @@
 """Chat format and token ids of prompts."""
 
-import hashlib
-import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral
-from pathlib import Path
-from typing import Any
-import torch
-from accelerate.utils import align_module_device
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
-from dctlib.models import assets
-from dctlib._io import ROOT
-import csv
 from collections.abc import Sequence
-from itertools import product
-from typing import Any, TypeVar
+from typing import Any
+
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from dctlib.models.assets import fetch
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,23 +2,14 @@
 
 import hashlib
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
+
 import torch
 from accelerate.utils import align_module_device
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
-from dctlib.models import assets
-from dctlib._io import ROOT
-from functools import lru_cache
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from dctlib.models.loading import load_model
 
 

@@ -4,14 +4,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from dctlib.models.blocks import postprocess_logits, eager_attention
-from dctlib.models.packing import PromptTree, pack_prompts
+
+from dctlib.models.blocks import eager_attention, postprocess_logits
 from dctlib.models.chat import tokenize
+from dctlib.models.packing import PromptTree, pack_prompts
 
 _MOST_TOKENS = 1024  # one run of a tree, and not one for every factor: few large products are the fastest
 

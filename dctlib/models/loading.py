@@ -1,22 +1,16 @@
 """Loading a causal language model and its tokenizer."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
+
 import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-from dctlib.models import assets
+
 from dctlib._io import ROOT
+from dctlib.models import assets
 
 
 def load_model(

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+
 from dctlib.models.blocks import supports_packing
 
 _LEAST_SHARED = 0.25
@@ -51,12 +53,16 @@ class PromptTree:
         tokens = {"input_ids": self.tokens.to(model.device)}
         if len(self.paths) == 1:
             return tokens
-        mask = torch.zeros(self.attention_mask.shape, dtype=model.dtype).masked_fill(~self.attention_mask, torch.finfo(model.dtype).min)
+        mask = torch.zeros(self.attention_mask.shape, dtype=model.dtype).masked_fill(
+            ~self.attention_mask, torch.finfo(model.dtype).min
+        )
         mask = mask.to(model.device)[None, None]
         return {**tokens, "position_ids": self.position_ids.to(model.device), "attention_mask": mask}
 
 
-def pack_prompts(model: PreTrainedModel, rows: Sequence[Int[Tensor, "1 t"]], *, most_tokens: int = 256) -> list[PromptTree]:
+def pack_prompts(
+    model: PreTrainedModel, rows: Sequence[Int[Tensor, "1 t"]], *, most_tokens: int = 256
+) -> list[PromptTree]:
     """Pack prompts, in order, into trees that `model` runs exactly as it runs the prompts one by one.
 
     A prompt joins the tree before it if a quarter of its tokens are there already and the tree stays within

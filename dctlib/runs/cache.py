@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dctlib._io import sha256, atomic_path
+from dctlib._io import atomic_path, sha256
 from dctlib.fits.solvers import FIT_VERSION
 from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.causal import CausalMap

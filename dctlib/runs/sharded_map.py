@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from dctlib.maps.causal import CausalMap
-from dctlib.runs.cluster import get_result, connect, max_workers
+
 from dctlib.maps.base import DifferentiableMap
+from dctlib.maps.causal import CausalMap
 from dctlib.models.blocks import get_blocks
 from dctlib.models.loading import load_model
+from dctlib.runs.cluster import connect, get_result, max_workers
 
 _FACTS = ("d_source", "d_target", "dtype", "scale", "source", "target", "chunk_size", "digest")
 

@@ -18,15 +18,17 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
-from dctlib.runs.cluster import get_result, connect, max_workers
-from dctlib.runs.cache import cache_key, declared_version
-from dctlib._io import sha256, atomic_path
+
+from dctlib._io import atomic_path, sha256
 from dctlib.fits.transcoder import Transcoder
+from dctlib.runs.cache import cache_key, declared_version
+from dctlib.runs.cluster import connect, get_result, max_workers
 
 Task = Callable[..., Any]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dctlib.models.blocks import assets
+from dctlib.models import assets
 from dctlib.models.assets import ASSETS, Asset, fetch
 
 CONTENT = b"goal,target\nours,0\na,b\n"

@@ -1,12 +1,12 @@
 import pytest
-from tiny import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_tokenizer
 
 from dctlib import format_chat
 from dctlib.evaluation.instructions import load_benign, shuffled, split
-from dctlib.paper.datasets import load_math, format_questions, arithmetic_questions
 from dctlib.models.chat import tokenize
+from dctlib.paper.datasets import arithmetic_questions, format_questions, load_math
 
 
 def test_chat_format_ends_where_the_answer_begins(tokenizer):
@@ -29,7 +29,7 @@ def test_no_chat_template():
 
 def test_a_template_without_a_system_role_says_so():
     strict = tiny_tokenizer()
-    strict.chat_template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}{{ m['content'] }}{% endfor %}"  # noqa: E501
+    strict.chat_template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}{{ m['content'] }}{% endfor %}"
     assert format_chat(strict, ["w1"]) == ["w1"]
     with pytest.raises(ValueError, match=r"No system role.*leave `system` out"):
         format_chat(strict, ["w1"], system="w9")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from dctlib.models.fingerprint import chat_model_digest, fingerprint_model, load_fingerprinted
 from dctlib.paper.organisms.training import save_organism
-from dctlib.models.fingerprint import load_fingerprinted, fingerprint_model, chat_model_digest
 
 
 def test_a_pinned_model_stays_open_and_one_trained_again_is_not_taken_for_it(tokenizer, tmp_path):

@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_model
 from tokenizers.processors import TemplateProcessing
 
-from dctlib.models.likelihood import Example, answer_loss, pack_answers, mean_nll
 from dctlib.models.chat import tokenize
+from dctlib.models.likelihood import Example, answer_loss, mean_nll, pack_answers
 
 EXAMPLES = [
     Example("w0 w1 w2", "Sorry w3", ends=True),

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import BLOCKS, FAMILIES, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
+from tiny import BLOCKS, FAMILIES, tiny_model, tiny_tokenizer
 from torch import nn
 
 from dctlib import load_model
-from dctlib.models import blocks as models, loading
-from dctlib.models.blocks import get_blocks, check_layer, get_final_norm, compute_logits, eager_attention
+from dctlib.models import loading
+from dctlib.models.blocks import check_layer, compute_logits, eager_attention, get_blocks, get_final_norm
 from dctlib.models.fingerprint import model_digest
 
 
@@ -154,7 +154,7 @@ def test_a_hub_id_may_carry_its_revision_and_the_tokenizer_lie_elsewhere(tmp_pat
 def test_a_hub_id_without_a_commit_names_the_one_that_came(tmp_path, monkeypatch):
     tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    for kind in (loading.AutoTokenizer, models.AutoModelForCausalLM):
+    for kind in (loading.AutoTokenizer, loading.AutoModelForCausalLM):
         hub = partial(kind.from_pretrained, tmp_path)
         monkeypatch.setattr(kind, "from_pretrained", lambda _name, hub=hub, revision=None, **options: hub(**options))
     monkeypatch.setattr(transformers.LlamaConfig, "_commit_hash", "0123abc", raising=False)

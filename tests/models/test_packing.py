@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny import FAMILIES, assert_near, full_model_map, tiny_model, unit_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import FAMILIES, assert_near, full_model_map, tiny_model, unit_rows
 
 from dctlib import CausalMap, score_vectors
 from dctlib.models.packing import PromptTree, pack_prompts
@@ -41,7 +41,10 @@ def test_prompts_that_share_little_stay_alone():
 def test_trees_are_bounded():
     long = [[0] * 100 + [k] * 60 for k in range(1, 5)]
     assert [tree.tokens.shape[1] for tree in pack_prompts(tiny_model("Llama"), rows(*long))] == [220, 220]
-    assert [tree.tokens.shape[1] for tree in pack_prompts(tiny_model("Llama"), rows(*long), most_tokens=300)] == [280, 160]
+    assert [tree.tokens.shape[1] for tree in pack_prompts(tiny_model("Llama"), rows(*long), most_tokens=300)] == [
+        280,
+        160,
+    ]
 
 
 def test_a_short_window_and_an_untried_family_keep_prompts_alone():

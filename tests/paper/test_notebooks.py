@@ -72,7 +72,7 @@ def imported_modules(code):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("dctlib"):
                 continue
             for name in (alias.name for alias in node.names):
-                module = f"dctlib.{dctlib._DEFINED_IN[name]}" if node.module == "dctlib" else node.module
+                module = f"dctlib.{dctlib._DEFINED_IN[name]}" if node.module == "dctlib" else str(node.module)
                 file = ROOT / f"{module.replace('.', '/')}.py"
                 file = file if file.exists() else file.with_suffix("") / "__init__.py"
                 if file not in found:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_near, tiny_model, tiny_tokenizer, unit_rows
 from runs.test_sweep import SEEDS, calls_of, dies_at_first, fails, fit, mark, runs, until, waits, workers
+from tiny import assert_near, tiny_model, tiny_tokenizer, unit_rows
 
 from dctlib import CausalMap, fit_exponential, fit_linear, fit_quadratic, load_model
-from dctlib.runs.cluster import connect
 from dctlib.runs.cache import cached_fit
+from dctlib.runs.cluster import connect
 from dctlib.runs.sharded_map import ShardedMap
 from dctlib.runs.sweep import run_sweep
 

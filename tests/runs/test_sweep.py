@@ -1,6 +1,4 @@
-import importlib
 import json
-import linecache
 import os
 import signal
 import subprocess
