@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dctlib._io import ROOT
-from dctlib.paper.claims import RULES, compare_with_published
+from dctlib.paper.claims import RULES, Verdict, compare_with_published
 
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("*", "").split())
 
@@ -25,19 +25,21 @@ def percent(rate):
 
 
 def verdicts():
-    found = Counter(holds for stem in RULES for holds in compare_with_published(stem, recorded(stem)).claims.values())
-    yield f"Of the post's {found.total()} claims {found[True]} replicate on it, {found[False]} do not"
-    yield f"and {found[None]} stay undecided. It is one organism."
+    found = Counter(
+        verdict for stem in RULES for verdict in compare_with_published(stem, recorded(stem)).claims.values()
+    )
+    yield f"Of the post's {found.total()} claims {found[Verdict.REPLICATES]} replicate on it, {found[Verdict.DOES_NOT]} do not"
+    yield f"and {found[Verdict.UNDECIDED]} stay undecided. It is one organism."
     sizes = params("sample_complexity")
     yield (
         "(among them that exponential fits score highest, its Figure 1, here with "
         f"{sizes['num_factors']} factors, up to {max(sizes['sizes'])} prompts and {sizes['shuffles']} shuffles)"
     )
     complexity = compare_with_published("sample_complexity", recorded("sample_complexity"))
-    assert complexity.claims["exponential fits score highest, in every shuffle"] is False
+    assert complexity.claims["exponential fits score highest, in every shuffle"] is Verdict.DOES_NOT
     yield "Random vectors, our control, get past the circuit breaker as often as DCT's."
     breaker = compare_with_published("circuit_breaker", recorded("circuit_breaker"))
-    assert breaker.controls["random vectors get past it less often"] is None
+    assert breaker.controls["random vectors get past it less often"] is Verdict.UNDECIDED
 
 
 def baselines():

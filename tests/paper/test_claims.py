@@ -2,11 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dctlib._io import ROOT
 from dctlib.paper import claims as published
-from dctlib.paper.claims import compare_with_published
+from dctlib.paper.claims import Verdict, compare_with_published
 
+YES, NO, OPEN = Verdict.REPLICATES, Verdict.DOES_NOT, Verdict.UNDECIDED
 FIGURES = ROOT / "figures" / "laptop"
 BREAKER = json.loads((FIGURES / "circuit_breaker.json").read_text())
 
@@ -18,7 +20,7 @@ def test_every_rule_reads_what_its_notebook_writes(notebook):
     assert found.claims
     rules = found.claims | found.controls
     assert len(rules) == len(found.claims) + len(found.controls)
-    assert all(holds is None or isinstance(holds, bool) for holds in rules.values())
+    assert all(isinstance(verdict, Verdict) for verdict in rules.values())
     assert all(rule in found._repr_markdown_() for rule in rules)
 
 
@@ -34,15 +36,15 @@ def breaker(dct, random):
 
 @pytest.mark.parametrize(
     ("dct", "random", "claim", "control"),
-    [(0.9, 0.2, True, True), (0.9, 0.85, True, None), (0.5, 0.9, True, False), (0, 0, None, None)],
+    [(0.9, 0.2, YES, YES), (0.9, 0.85, YES, OPEN), (0.5, 0.9, YES, NO), (0, 0, OPEN, OPEN)],
 )
 def test_a_claim_holds_only_where_intervals_part(dct, random, claim, control):
     found = compare_with_published("circuit_breaker", breaker(dct, random))
     assert [*found.claims.values(), *found.controls.values()] == [claim, control]
-    named = {True: "**Replicates**", False: "**Does not replicate**", None: "**Undecided**"}
-    held = {True: "**Control, holds**", False: "**Control, fails**", None: "**Control, undecided**"}
-    for of, verdict in ((named, claim), (held, control)):
-        assert [word in found.sentence for word in of.values()] == [other is verdict for other in of]
+    claims = {YES: "**Replicates**", NO: "**Does not replicate**", OPEN: "**Undecided**"}
+    controls = {YES: "**Control, holds**", NO: "**Control, fails**", OPEN: "**Control, undecided**"}
+    for headings, verdict in ((claims, claim), (controls, control)):
+        assert [words in found.sentence for words in headings.values()] == [other is verdict for other in headings]
 
 
 @pytest.mark.parametrize(
@@ -57,21 +59,19 @@ def curves(objective):
     return said | {"width": {"4": {"objective": objective}}}
 
 
-@pytest.mark.parametrize(("objective", "settles"), [([1, 8, 10, 10.1], True), ([1, 4, 7, 10], False), ([3], False)])
+@pytest.mark.parametrize(("objective", "settles"), [([1, 8, 10, 10.1], YES), ([1, 4, 7, 10], NO), ([3], NO)])
 def test_a_fit_has_settled_once_its_last_step_is_small_beside_its_rise(objective, settles):
     rule = f"a fit of 4 factors settles within {len(objective)} iterations"
-    assert compare_with_published("training_curves", curves(objective)).claims[rule] == settles
+    assert compare_with_published("training_curves", curves(objective)).claims[rule] is settles
 
 
-@pytest.mark.parametrize(("score", "sure", "turns"), [(8.0, 0.5, True), (8.0, 0.4, False), (-1.0, 1.0, False)])
+@pytest.mark.parametrize(("score", "sure", "turns"), [(8.0, 0.5, YES), (8.0, 0.4, NO), (-1.0, 1.0, NO)])
 def test_refusal_turns_into_compliance_only_where_it_is_said(score, sure, turns):
     found = compare_with_published("training_curves", curves([1, 2]) | {"dct_best": score, "sure_rate": {"DCT": sure}})
     assert found.claims["the best DCT vector turns refusal into compliance"] is turns
 
 
-@pytest.mark.parametrize(
-    ("depths", "low", "verdict"), [((30, 30), 1, None), ((30, 60), 1, True), ((30, 60), -4, False)]
-)
+@pytest.mark.parametrize(("depths", "low", "verdict"), [((30, 30), 1, OPEN), ((30, 60), 1, YES), ((30, 60), -4, NO)])
 def test_a_depth_horizon_suffices_only_where_depths_differ(depths, low, verdict):
     cells = [
         {
@@ -87,7 +87,7 @@ def test_a_depth_horizon_suffices_only_where_depths_differ(depths, low, verdict)
     ]
     found = compare_with_published("deeper_models", {"cells": cells})
     assert [*found.claims.values()] == [verdict]
-    assert [*found.controls.values()] == [low > 0]
+    assert [*found.controls.values()] == [YES if low > 0 else NO]
 
 
 def test_a_notebook_with_nothing_published_is_refused():
@@ -97,7 +97,7 @@ def test_a_notebook_with_nothing_published_is_refused():
 
 @pytest.mark.parametrize(
     ("exponential", "quadratic", "verdict"),
-    [([9, 8, 7], [5, 5, 5], True), ([5, 5, 4], [9, 8, 7], False), ([9, 8, 4], [5, 5, 5], None)],
+    [([9, 8, 7], [5, 5, 5], YES), ([5, 5, 4], [9, 8, 7], NO), ([9, 8, 4], [5, 5, 5], OPEN)],
 )
 def test_shuffles_that_disagree_settle_nothing(exponential, quadratic, verdict):
     cell = lambda scores: {"mean": sum(scores) / 3, "sd": 1.0, "scores": scores}  # noqa: E731
@@ -108,11 +108,11 @@ def test_shuffles_that_disagree_settle_nothing(exponential, quadratic, verdict):
     assert judged.numbers["linear, n = 4"] == (0, -7.04), "beside what is published for as many prompts"
     assert not any("n = 1" in row for row in judged.numbers)
     assert judged.claims["exponential fits score highest, in every shuffle"] is verdict
-    named = {True: "**Replicates**", False: "**Does not replicate**", None: "**Undecided**"}[verdict]
-    assert f"{named}: exponential fits score highest" in judged.sentence
+    heading = {YES: "**Replicates**", NO: "**Does not replicate**", OPEN: "**Undecided**"}[verdict]
+    assert f"{heading}: exponential fits score highest" in judged.sentence
 
 
-@pytest.mark.parametrize(("low", "high", "verdict"), [(1.5, 2.5, True), (-1.0, 0.0, False), (0.5, 2.5, None)])
+@pytest.mark.parametrize(("low", "high", "verdict"), [(1.5, 2.5, YES), (-1.0, 0.0, NO), (0.5, 2.5, OPEN)])
 def test_an_aggregate_beats_the_average_only_outside_their_intervals(low, high, verdict):
     recorded = json.loads((FIGURES / "multiplicity.json").read_text())
     recorded["intervals"] = {"average": [0.5, 1.0], "max": [4.0, 5.0], "v_avg": [low, high], "v_svd": [2.0, 3.0]}
@@ -125,3 +125,9 @@ def test_an_aggregate_beats_the_average_only_outside_their_intervals(low, high, 
 def test_the_post_s_numbers_are_those_of_the_reference():
     assert published.published_numbers()["circuit_breaker"]["attack_success_rate"] == 0.62
     assert Path(ROOT / "writeup" / "published.yaml").is_file()
+
+
+def test_rows_of_the_table_belong_to_notebooks_that_have_a_rule():
+    rows = yaml.safe_load((ROOT / "writeup" / "claims.yaml").read_text())
+    assert set(rows) <= set(published.RULES)
+    assert all(set(row) <= {"label", "ours", "theirs", "interval"} for of in rows.values() for row in of)
