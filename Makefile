@@ -1,6 +1,7 @@
 # make repro   the paper: fetch, train the organisms, fit, draw, write (params/run.yaml names the profile)
 # make beyond  what goes past the post: baselines, audits, stability, choices, and a document of them
 # make test    everything CI checks
+# make env     the environment alone, .venv, for whoever wants the tool and not the paper
 # make help    the other targets
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,9 @@ NBVAL := pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=120
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro beyond test test-all audit lint unit smoke nbval bench docs notebook lock clean help
+.PHONY: env repro beyond test test-all audit lint unit smoke nbval bench docs notebook lock clean help
+
+env: $(READY)
 
 repro: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro
@@ -34,7 +37,7 @@ unit: $(READY)
 # and every stage under DVC.
 test-all: test
 	$(MAKE) smoke
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable '.[ray]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable '.[paper,ray]'
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow" --hypothesis-profile=default
 
 # The pipeline at smoke size, whole or up to STAGES, in a copy of this tree, so that neither params/run.yaml nor dvc.lock
@@ -75,7 +78,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dctlib needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	grep -v '^#' requirements.lock | xargs -n 60 -P 2 $(BIN)/python -m pip install --quiet --no-compile --no-deps
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable ".[paper]"
 	touch $(READY)
 
 # Rewrites requirements.lock with today's releases; torch stays where it is tested.

@@ -20,7 +20,9 @@ def locked():
 
 def declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + extras["paper"] + extras["dev"]
+    return [Requirement(line) for line in lines if not line.startswith("dctlib[")]
 
 
 def conda_packages():
