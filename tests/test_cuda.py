@@ -58,8 +58,9 @@ def test_products_of_every_family(pair, tokenizer, texts, product):
 
 @pytest.mark.parametrize("product", ["value_and_vjp", "jvp", "second_derivative", "second_derivative_vjp"])
 def test_compiled_blocks(llamas, tokenizer, texts, product):
-    cpu, gpu = maps_of(llamas, tokenizer, texts, chunk_size=3)
-    compiled = CausalMap.from_model(llamas[1], tokenizer, texts, **AT, chunk_size=3, compiled=True)
+    cpu, gpu = maps_of(llamas, tokenizer, texts)
+    compiled = CausalMap.from_model(llamas[1], tokenizer, texts, **AT, compiled=True)
+    cpu.chunk_size = gpu.chunk_size = compiled.chunk_size = 3
     first, second = unit_rows(2, 7, D)
     expected, found = (getattr(cmap, product)(first, second) for cmap in (cpu, compiled))
     for ours, theirs in zip(found, expected, strict=True):
@@ -144,7 +145,8 @@ def test_ablation_takes_directions_of_either_device_and_nests_with_steering(llam
 
 
 def test_what_does_not_fit_is_done_in_halves(llamas, tokenizer, texts):
-    cpu, gpu = maps_of(llamas, tokenizer, texts, chunk_size=4096)
+    cpu, gpu = maps_of(llamas, tokenizer, texts)
+    cpu.chunk_size = gpu.chunk_size = 4096
     theta, u = (rows.repeat(512, 1) for rows in unit_rows(2, 8, D))
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory

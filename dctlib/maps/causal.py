@@ -2,12 +2,12 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate.utils import has_offloaded_params, send_to_device
@@ -16,16 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.maps.base import DifferentiableMap
+from dctlib.maps.autograd import AutogradMap, Term
+from dctlib.maps.base import Product
 from dctlib.maps.replay import Capture, capture, replay
 from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width
 from dctlib.models.chat import tokenize_each
 from dctlib.models.fingerprint import model_digest
 from dctlib.models.packing import pack_prompts
 
+Reduction = Literal["mean", "concatenate"]
+
 # Floating-point numbers that one factor's forward and backward pass keeps of each block: for each token, in units of
-# the model width, and for each pair of tokens and head, as attention is eager. Measured on Llama-shaped blocks; only
-# the chunk size depends on it.
+# the model width, and for each pair of tokens and head, because attention is eager. Measured on Llama-shaped blocks;
+# only the chunk size depends on it.
 _KEPT_PER_TOKEN = 40
 
 _KEPT_PER_PAIR = 3
@@ -33,46 +36,53 @@ _KEPT_PER_PAIR = 3
 _CPU_CHUNK_BYTES = 320 * 2**20
 
 
-class CausalMap(DifferentiableMap):
-    """Δ(θ) of a transformer slice: mean over prompts and over the last positions of h_t(θ) − h_t(0).
+class CausalMap(AutogradMap):
+    """The map Δ(θ) of a transformer slice: the mean of h_t(θ) − h_t(0) over prompts and their last positions.
 
-    Build it with :meth:`from_model`. Blocks source … target−1 are run again on what one pass over the prompts left at
-    their door, so each product costs (target − source) / (number of blocks) of a full pass, and it is exact. What
-    prompts share at their beginning, as a chat template, is run once for all of them.
+    θ is added to h_s, the residual stream at the input of block s, at every position. Build the map with
+    :meth:`from_model`. Blocks s … t−1 are replayed on what one pass over the prompts left at their input, so each
+    product costs (t − s) / (number of blocks) of a full pass, and it is exact. What prompts share at their beginning,
+    such as a chat template, is run once for all of them.
+
+    With ``reduction="concatenate"`` the map is Δ_concat(θ) = (Δ_1(θ), …, Δ_n(θ)) ∈ R^{n·d}, where Δ_i is the map of
+    prompt i alone; the post's footnote 22 compares the two. A mean keeps what a direction does to all prompts alike.
+    Here what it does to each counts, because ‖Δ_concat‖² is the sum of ‖Δ_i‖², the objective of the original MELBO.
+    Rows of V are steering vectors as ever. A row of U is n changes, one a prompt, so there is nothing to ablate.
+
+    Attributes
+    ----------
+    positions : int
+        Last positions of each prompt over which the change is averaged.
+    reduction : {"mean", "concatenate"}
+        How prompts are combined.
+    tokens : list of int
+        Length of each prompt.
+    chunk_size : int
+        Factors replayed at once, from the memory that :meth:`from_model` is given. It may be set.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         captures: Sequence[Capture],
+        blocks: Sequence[Any],
         *,
         source: int,
         target: int,
         positions: int,
-        chunk_size: int | None,
-        memory: float | None,
-        compiled: bool,
-        device: str | torch.device | None = None,
+        reduction: Reduction,
     ):
-        self.source, self.target, self.positions = source, target, positions
-        self.d_source = self.d_target = residual_width(model)
+        self.source, self.target = source, target
+        self.positions, self.reduction = positions, reduction
         self.tokens = [len(path) for captured in captures for path in captured.paths]
-        blocks: list[Any] = list(get_blocks(model)[source:target])
-        if device is not None:
-            if any(has_offloaded_params(module) for block in blocks for module in block.modules()):
-                raise ValueError(
-                    f"got device={device!r} and offloaded blocks, expected a model loaded whole, as on 'cpu'"
-                )
-            blocks = [copy.deepcopy(block).to(device) for block in blocks]
-            captures = [replace(captured, **send_to_device(vars(captured), device)) for captured in captures]
-        self.device = captures[0].hidden.device
-        self.dtype = torch.float64 if captures[0].hidden.dtype == torch.float64 else torch.float32
+        self.d_source = residual_width(model)
+        self.d_target = self.d_source * (1 if reduction == "mean" else len(self.tokens))
+        hidden = captures[0].hidden
+        self.device = hidden.device
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.scale = torch.cat([c.hidden[0] for c in captures]).to(self.dtype).norm(dim=1).median().item()
-        heads = model.config.get_text_config().num_attention_heads
-        self.chunk_size = chunk_size or _chunk_size(self, captures, heads, memory)
-        self._model, self._captures = model, captures
-        self._blocks: list[Any] = [torch.compile(block) for block in blocks] if compiled else blocks
-        with torch.no_grad(), self._running():
+        self._model, self._captures, self._blocks = model, captures, blocks
+        with torch.no_grad(), self._context():
             zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device)
             self._at_zero = torch.stack([term(zero)[0] for term in self._terms()]).sum(0)
         if not torch.isfinite(self._at_zero).all():
@@ -88,12 +98,12 @@ class CausalMap(DifferentiableMap):
         source: int,
         target: int,
         positions: int = 3,
-        chunk_size: int | None = None,
+        reduction: Reduction = "mean",
         memory: float | None = None,
         compiled: bool = False,
         device: str | torch.device | None = None,
     ) -> "CausalMap":
-        """Capture `texts` and return their causal map from layer `source` to layer `target`.
+        """Run `texts` once and return their causal map from layer `source` to layer `target`.
 
         Parameters
         ----------
@@ -104,16 +114,17 @@ class CausalMap(DifferentiableMap):
             of blocks: the last block's output before the final norm.
         positions : int
             The change is averaged over the last `positions` tokens of every prompt.
-        chunk_size : int, optional
-            Factors that are replayed at once; chosen by `memory` if left out. It changes cost, not results.
+        reduction : {"mean", "concatenate"}
+            Average the change over prompts, d_target = d, or keep all prompts' changes side by side, in the order of
+            `texts`, d_target = n·d.
         memory : float, optional
-            GiB that a chunk's forward and backward pass may take, besides the model; left out, a quarter of what is
-            free on a GPU, and 320 MiB on a CPU, whose caches like small chunks. A GPU that runs out all the same
-            goes on with half the chunk.
+            GiB that a chunk's forward and backward pass may take, besides the model: it sets `chunk_size`, the
+            number of factors replayed at once. Left out, a quarter of what is free on a GPU, and 320 MiB on a CPU,
+            whose caches like small chunks. A GPU that runs out all the same goes on with half the chunk.
         compiled : bool
-            Let torch.compile fuse what lies between a block's products. On a GPU it pays from some three hundred
-            passes on: the first takes half a minute, those after it 0.7 of the time. It changes cost, not results;
-            forward-mode products are not compiled.
+            Let torch.compile fuse what lies between a block's matrix products. On a GPU it pays from some three
+            hundred passes on: the first takes half a minute, those after it 0.7 of the time. It changes cost, not
+            results. Forward-mode products are not compiled.
         device : str or torch.device, optional
             Where copies of the slice's blocks go, and all products are computed, while the model stays where it is:
             for a GPU that holds the slice and not the model, which is then loaded with ``device="cpu"``. What is done
@@ -123,124 +134,105 @@ class CausalMap(DifferentiableMap):
         ------
         ValueError
             If the layers are out of range or out of order, there is no text, a text has fewer tokens than
-            `positions`, the activations are not finite, or `device` is given and blocks are offloaded.
+            `positions`, an option is out of range, the activations are not finite, or `device` is given and blocks
+            are offloaded.
         """
-        count = len(get_blocks(model))
+        all_blocks = get_blocks(model)
         source = check_layer(model, source, name="source")
-        if not isinstance(target, Integral) or not source < target <= count:
-            raise ValueError(f"got source={source}, target={target!r}, expected source < target <= {count}")
+        if not isinstance(target, Integral) or not source < target <= len(all_blocks):
+            raise ValueError(f"got source={source}, target={target!r}, expected source < target <= {len(all_blocks)}")
         target = int(target)
-        if positions < 1 or (chunk_size is not None and chunk_size < 1) or (memory is not None and memory <= 0):
-            raise ValueError(
-                f"got positions={positions}, chunk_size={chunk_size}, memory={memory}, expected at least 1, at "
-                f"least 1 and above 0"
-            )
+        if positions < 1 or (memory is not None and memory <= 0):
+            raise ValueError(f"got positions={positions}, memory={memory}, expected at least 1, and above 0")
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"got reduction={reduction!r}, expected one of {get_args(Reduction)}")
         tokens = [row.to(model.device) for row in tokenize_each(tokenizer, texts)]
         for text, row in zip(texts, tokens, strict=True):
             if row.shape[1] < positions:
-                raise ValueError(f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}")
-        with eager_attention(model):
-            captures = [capture(model, tree, source=source, target=target) for tree in pack_prompts(model, tokens)]
-        options: dict[str, Any] = {"positions": positions, "chunk_size": chunk_size, "memory": memory}
-        options |= {"compiled": compiled, "device": device}
+                raise ValueError(
+                    f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}; take longer prompts "
+                    f"or fewer positions"
+                )
+        blocks: list[Any] = list(all_blocks[source:target])
         with eager_attention(model):  # copies of blocks stay as they are here
-            return cls(model, captures, source=source, target=target, **options)
+            captures = [capture(model, tree, source=source, target=target) for tree in pack_prompts(model, tokens)]
+            if device is not None:
+                blocks = _copy_to(device, blocks)
+                captures = [replace(captured, **send_to_device(vars(captured), device)) for captured in captures]
+        if compiled:
+            blocks = [torch.compile(block) for block in blocks]
+        layers = {"source": source, "target": target}
+        cmap = cls(model, captures, blocks, **layers, positions=positions, reduction=reduction)
+        heads = model.config.get_text_config().num_attention_heads
+        cmap.chunk_size = _chunk_size(cmap, captures, heads, memory)
+        return cmap
 
     @cached_property
     def digest(self) -> str:
         """A hash of all that the map depends on: weights, configuration, the prompts' tokens, slice and positions.
 
-        Not residuals, whose last bits depend on the number of threads; nor hooks, so do not remember a fit that was
-        made under :func:`dctlib.steer` or :func:`dctlib.ablate`.
+        It leaves out residuals, whose last bits depend on the number of threads, and hooks. So do not remember a fit
+        that was made under :func:`dctlib.steer` or :func:`dctlib.ablate`.
         """
         digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())
         for captured in self._captures:
             digest.update(str([captured.tokens[0, path].tolist() for path in captured.paths]).encode())
+        if self.reduction == "concatenate":
+            return hashlib.sha256(f"concatenated {digest.hexdigest()}".encode()).hexdigest()
         return digest.hexdigest()
 
-    def second_derivative(self, v: Tensor, w: Tensor) -> Tensor:
-        self._check_nothing_is_offloaded()
-        return super().second_derivative(v, w)
-
-    def second_derivative_vjp(self, u: Tensor, v: Tensor) -> Tensor:
-        self._check_nothing_is_offloaded()
-        return super().second_derivative_vjp(u, v)
-
-    def _check_nothing_is_offloaded(self) -> None:
-        if any(has_offloaded_params(module) for block in self._blocks for module in block.modules()):
+    def _product(self, name: Product, **rows: Tensor) -> Tensor:
+        if name.startswith("second_derivative") and _is_offloaded(self._blocks):
             raise ValueError(
                 "the slice's blocks are offloaded in part, and second derivatives (quadratic fits) cannot fetch "
                 "weights; free device memory, or fit exponential or linear factors"
             )
+        return super()._product(name, **rows)
 
-    def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        def term(captured: Capture) -> Callable[[Tensor], Tensor]:
-            last = captured.last(self.positions)
+    def _terms(self) -> Sequence[Term]:
+        term = self._mean_change if self.reduction == "mean" else self._change_of_each
+        firsts = [0]
+        for captured in self._captures:
+            firsts.append(firsts[-1] + len(captured.paths))
+        return [partial(term, captured, first) for captured, first in zip(self._captures, firsts, strict=False)]
 
-            def last_positions(theta: Tensor) -> Tensor:
-                hidden = replay(self._blocks, captured, theta)[:, last]
-                return hidden.to(self.dtype).sum(1) / (len(self.tokens) * self.positions)
+    def _mean_change(self, captured: Capture, _first: int, theta: Tensor) -> Float[Tensor, "m d"]:
+        hidden = replay(self._blocks, captured, theta)[:, captured.last(self.positions)]
+        return hidden.to(self.dtype).sum(1) / (len(self.tokens) * self.positions)
 
-            return last_positions
-
-        return [term(captured) for captured in self._captures]
+    def _change_of_each(self, captured: Capture, first: int, theta: Tensor) -> Float[Tensor, "m n_d"]:
+        """Zeros, but for the blocks of prompts `first`, `first` + 1, … of this capture."""
+        hidden = replay(self._blocks, captured, theta)[:, captured.last(self.positions)].to(self.dtype)
+        each = hidden.unflatten(1, (-1, self.positions)).mean(2)  # (m, prompts of this capture, d)
+        after = len(self.tokens) - first - len(captured.paths)
+        return F.pad(each.flatten(1), (first * self.d_source, after * self.d_source))
 
     def _clean(self) -> Tensor:
         return self._at_zero
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with eager_attention(self._model):
-            yield
+    def _context(self) -> AbstractContextManager[None]:
+        return eager_attention(self._model)
+
+
+def _is_offloaded(blocks: Sequence[Any]) -> bool:
+    return any(has_offloaded_params(module) for block in blocks for module in block.modules())
+
+
+def _copy_to(device: str | torch.device, blocks: Sequence[Any]) -> list[Any]:
+    if _is_offloaded(blocks):
+        raise ValueError(f"got device={device!r} and offloaded blocks, expected a model loaded whole, as on 'cpu'")
+    return [copy.deepcopy(block).to(device) for block in blocks]
 
 
 def _chunk_size(cmap: CausalMap, captures: Sequence[Capture], heads: int, memory: float | None) -> int:
-    """Rows whose forward and backward pass take at most `memory` GiB, or what a device has for them."""
+    """Return the number of rows whose forward and backward pass take `memory` GiB, or what a device has for them."""
     tokens = max(captured.hidden.shape[1] for captured in captures)
     kept = tokens * (_KEPT_PER_TOKEN * cmap.d_source + _KEPT_PER_PAIR * heads * tokens)
-    a_row = kept * len(captures[0].calls) * captures[0].hidden.element_size()
+    bytes_per_row = kept * len(captures[0].calls) * captures[0].hidden.element_size()
     if memory is not None:
         budget = memory * 2**30
     elif cmap.device.type == "cuda":
         budget = torch.cuda.mem_get_info(cmap.device)[0] / 4
     else:
         budget = _CPU_CHUNK_BYTES
-    return max(1, int(budget / a_row))
-
-
-class ConcatenatedMap(CausalMap):
-    """Δ_concat(θ) = (Δ_1(θ), …, Δ_n(θ)) ∈ R^{n·d}, where Δ_i is the :class:`CausalMap` of prompt i alone.
-
-    Averaging keeps what a direction does alike to all prompts; here what it does to each counts, for ‖Δ_concat‖² is the
-    sum of ‖Δ_i‖², the objective of the original MELBO. Calibration and all fits run unchanged. Build it with
-    :meth:`from_model`; the blocks of n rows of width d are in the order of the prompts, and their mean is Δ.
-
-    V of a fit are steering vectors as ever. A row of U is n changes, one a prompt, and no direction of the residual
-    stream: there is nothing to ablate.
-    """
-
-    def __init__(self, model: PreTrainedModel, captures: Sequence[Capture], **options: Any):
-        super().__init__(model, captures, **options)
-        self.d_target = len(self.tokens) * self.d_source
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of all that the map depends on; it differs from that of the averaged map."""
-        return hashlib.sha256(f"concatenated {super().digest}".encode()).hexdigest()
-
-    def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        def term(captured: Capture, before: int) -> Callable[[Tensor], Tensor]:
-            last, after = captured.last(self.positions), len(self.tokens) - before - len(captured.paths)
-
-            def last_positions(theta: Tensor) -> Float[Tensor, "m n_d"]:
-                hidden = replay(self._blocks, captured, theta)[:, last].to(self.dtype)
-                each = hidden.unflatten(1, (-1, self.positions)).mean(2)  # (m, prompts of this capture, d)
-                return F.pad(each.flatten(1), (before * self.d_source, after * self.d_source))
-
-            return last_positions
-
-        terms, before = [], 0
-        for captured in self._captures:
-            terms.append(term(captured, before))
-            before += len(captured.paths)
-        return terms
+    return max(1, int(budget / bytes_per_row))

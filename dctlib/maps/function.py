@@ -1,15 +1,15 @@
-"""A map given as a torch function."""
+"""The map of a plain torch function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dctlib.maps.base import DifferentiableMap
+from dctlib.maps.autograd import AutogradMap, Term
 
 
-class FunctionMap(DifferentiableMap):
-    """Δ(θ) = function(θ) − function(0) for any differentiable torch function.
+class FunctionMap(AutogradMap):
+    """The map Δ(θ) = function(θ) − function(0) of any differentiable torch function.
 
     Parameters
     ----------
@@ -19,13 +19,20 @@ class FunctionMap(DifferentiableMap):
         Widths of its input and output.
     dtype : torch.dtype, optional
         What it computes in. Left out, torch's default, or float64 for a function that takes no other.
+    device : str or torch.device
+        Where it computes.
     chunk_size : int
         Rows given to `function` at once.
+
+    Raises
+    ------
+    ValueError
+        If `function` returns another shape than (1, d_target) for one row.
     """
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        function: Term,
         *,
         d_source: int,
         d_target: int,
@@ -34,22 +41,27 @@ class FunctionMap(DifferentiableMap):
         chunk_size: int = 1024,
     ):
         self.d_source, self.d_target = d_source, d_target
-        self.device, self.chunk_size, self.scale = torch.device(device), chunk_size, 1.0
+        self.device = torch.device(device)
+        self.chunk_size = chunk_size
+        self.scale = 1.0
         self._function = function
-        with torch.no_grad():
-            self.dtype = dtype or torch.get_default_dtype()
-            try:
-                clean = function(torch.zeros(1, d_source, dtype=self.dtype, device=device))
-            except RuntimeError:
-                if dtype:
-                    raise
-                self.dtype = torch.float64
-                clean = function(torch.zeros(1, d_source, dtype=self.dtype, device=device))
+        self.dtype = dtype or torch.get_default_dtype()
+        try:
+            clean = self._evaluate_at_zero()
+        except RuntimeError:
+            if dtype:
+                raise
+            self.dtype = torch.float64
+            clean = self._evaluate_at_zero()
         if clean.shape != (1, d_target):
             raise ValueError(f"function gave shape {tuple(clean.shape)} for one row, expected (1, {d_target})")
         self._at_zero = clean[0]
 
-    def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
+    @torch.no_grad()
+    def _evaluate_at_zero(self) -> Tensor:
+        return self._function(torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device))
+
+    def _terms(self) -> Sequence[Term]:
         return [self._function]
 
     def _clean(self) -> Tensor:

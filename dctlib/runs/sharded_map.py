@@ -1,15 +1,14 @@
 """One causal map over many devices: its factors are divided among Ray actors, each with the slice of the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from dctlib.maps.base import DifferentiableMap
+from dctlib.maps.base import DifferentiableMap, Product
 from dctlib.maps.causal import CausalMap
 from dctlib.models.blocks import get_blocks
 from dctlib.models.loading import load_model
@@ -89,54 +88,22 @@ class ShardedMap(DifferentiableMap):
             setattr(self, name, value)
         self.device, self.chunk_size = torch.device("cpu"), sum(found["chunk_size"] for found in facts)
 
-    def __call__(self, theta: Float[Tensor, "m d_source"]) -> Float[Tensor, "m d_target"]:
-        return self._product("__call__", theta=theta)
-
-    def value_and_vjp(
-        self, theta: Float[Tensor, "m d_source"], cotangent: Float[Tensor, "m d_target"]
-    ) -> tuple[Float[Tensor, "m d_target"], Float[Tensor, "m d_source"]]:
-        joined = self._product("value_and_vjp", theta=theta, cotangent=cotangent)
-        return joined[:, : self.d_target].contiguous(), joined[:, self.d_target :].contiguous()
-
-    def vjp_at_zero(self, cotangent: Float[Tensor, "m d_target"]) -> Float[Tensor, "m d_source"]:
-        return self._product("vjp_at_zero", cotangent=cotangent)
-
-    def jvp(
-        self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]
-    ) -> Float[Tensor, "m d_target"]:
-        return self._product("jvp", theta=theta, tangent=tangent)
-
-    def second_derivative(
-        self, v: Float[Tensor, "m d_source"], w: Float[Tensor, "m d_source"]
-    ) -> Float[Tensor, "m d_target"]:
-        return self._product("second_derivative", v=v, tangent=w)
-
-    def second_derivative_vjp(
-        self, u: Float[Tensor, "m d_target"], v: Float[Tensor, "m d_source"]
-    ) -> Float[Tensor, "m d_source"]:
-        return self._product("second_derivative_vjp", cotangent=u, tangent=v)
-
     def close(self) -> None:
         """End the actors, so that the cluster has their devices again. The map computes nothing afterwards."""
         for shard in self._shards:
             self._ray.kill(shard)
 
-    def _product(self, name: str, **rows: Tensor) -> Tensor:
-        def divided(*rows: Tensor) -> Tensor:
-            parts = zip(*(each.tensor_split(min(len(each), len(self._shards))) for each in rows), strict=True)
+    def _product(self, name: Product, **rows: Tensor) -> Tensor:
+        def divided(*arguments: Tensor) -> Tensor:
+            parts = zip(*(each.tensor_split(min(len(each), len(self._shards))) for each in arguments), strict=True)
             calls = [
-                shard.product.remote(name, *(each.clone() for each in part))  # a view would travel with all its tensor
+                # A view would travel with all its tensor.
+                shard.product.remote(name, {key: value.clone() for key, value in zip(rows, part, strict=True)})
                 for shard, part in zip(self._shards, parts, strict=False)
             ]
             return torch.cat(get_result(self._ray, calls))
 
         return self._chunked(divided, **rows)
-
-    def _terms(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        raise NotImplementedError("the terms lie with the actors")
-
-    def _clean(self) -> Tensor:
-        raise NotImplementedError("the clean value lies with the actors")
 
 
 class _Shard:
@@ -161,6 +128,5 @@ class _Shard:
     def facts(self) -> dict[str, Any]:
         return self._built[1]
 
-    def product(self, name: str, *rows: Tensor) -> Tensor:
-        found = getattr(self._built[0], name)(*rows)
-        return torch.cat(found, dim=1).cpu() if isinstance(found, tuple) else found.cpu()
+    def product(self, name: Product, rows: dict[str, Tensor]) -> Tensor:
+        return self._built[0]._product(name, **rows).cpu()

@@ -34,7 +34,8 @@ def test_linear_is_the_svd_of_the_jacobian():
 
 
 def test_linear_on_a_transformer_equals_the_dense_jacobian(tokenizer, texts):
-    cmap = CausalMap.from_model(tiny_model("Llama"), tokenizer, texts, source=1, target=3, chunk_size=5)
+    cmap = CausalMap.from_model(tiny_model("Llama"), tokenizer, texts, source=1, target=3)
+    cmap.chunk_size = 5
     eye = torch.eye(32, dtype=torch.float64)
     dense = cmap.jvp(torch.zeros_like(eye), eye).T  # columns by forward mode; the fit takes rows by reverse mode
     dct = fit_linear(cmap, num_factors=32)

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential
-from dctlib.maps.causal import CausalMap, ConcatenatedMap
+from dctlib.maps.causal import CausalMap, Reduction
 from dctlib.models.blocks import get_blocks
 from dctlib.runs.cache import cached_fit
 
-_MAPS = {"averaged": CausalMap, "concatenated": ConcatenatedMap}
+_REDUCTIONS: dict[str, Reduction] = {"averaged": "mean", "concatenated": "concatenate"}
 
 Change = tuple[str, Any]
 """What was changed, and to what."""
@@ -109,7 +109,7 @@ def fit_each_config(
     floor: dict[Change, Found] = {}
     for change, of in variants.items():
         at = {"source": source, "target": source + of.horizon, "positions": of.positions}
-        cmap = _MAPS[of.prompts].from_model(model, tokenizer, texts, **at)
+        cmap = CausalMap.from_model(model, tokenizer, texts, **at, reduction=_REDUCTIONS[of.prompts])
         try:
             R = calibrate(cmap, nonlinearity=of.nonlinearity, seed=seed)
         except ValueError:

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dctlib import CausalMap, calibrate, fit_exponential
-from dctlib.maps.causal import ConcatenatedMap
 from dctlib.paper.experiments.fit_choices import FitConfig, fit_each_config, vary_one_choice
 
 USUAL = FitConfig(prompts="averaged", nonlinearity=0.5, horizon=2, positions=3)
@@ -35,11 +34,11 @@ def test_each_is_the_fit_of_its_map_at_its_scale(llama, tokenizer, texts, tmp_pa
     variants = vary_one_choice(USUAL, {"prompts": ["concatenated"], "nonlinearity": [0.25], "horizon": [3]})
     found = fit_each_config(tmp_path, llama, tokenizer, texts, variants, **SETTINGS)
     reference, concatenated, gentle, deep, random = found.values()
-    kinds = [(reference, CausalMap, 3, 0.5), (concatenated, ConcatenatedMap, 3, 0.5)]
-    kinds += [(gentle, CausalMap, 3, 0.25), (deep, CausalMap, 4, 0.5)]
-    for one, kind, target, nonlinearity in kinds:
+    kinds = [(reference, "mean", 3, 0.5), (concatenated, "concatenate", 3, 0.5)]
+    kinds += [(gentle, "mean", 3, 0.25), (deep, "mean", 4, 0.5)]
+    for one, reduction, target, nonlinearity in kinds:
         assert one
-        cmap = kind.from_model(llama, tokenizer, texts, source=1, target=target)
+        cmap = CausalMap.from_model(llama, tokenizer, texts, source=1, target=target, reduction=reduction)
         assert one.input_scale == calibrate(cmap, nonlinearity=nonlinearity, seed=4)
         fit = {"num_factors": 3, "iterations": 2, "seed": 4, "progress": False}
         dct = fit_exponential(cmap, input_scale=one.input_scale, **fit)
