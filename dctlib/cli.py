@@ -94,19 +94,19 @@ def discover(
     Example: python -m dctlib discover --model Qwen/Qwen2.5-0.5B-Instruct --prompts mine.txt
     """
     from dctlib._io import ROOT
-    from dctlib.paper.params import validate_section
+    from dctlib.paper.params import check_parameters, read_defaults
     from dctlib.paper.pipeline import execute
-    from dctlib.paper.sections import Discover
 
     name = name or re.sub(r"[^\w.-]", "-", Path(model.partition("@")[0]).name)
     if not re.fullmatch(r"\w[\w.-]*", name) or (ROOT / "params" / f"{name}.yaml").exists():
         raise ValueError(f"got --name {name!r}, expected letters and digits, and not the name of a profile in params/")
-    values = {key: value for key, value in locals().items() if key in Discover.model_fields}
+    names = read_defaults(ROOT / "notebooks" / "discover.ipynb")
+    values = {key: value for key, value in locals().items() if key in names and key != "profile"}
     for key in ("model", "prompts"):
         if (path := Path(values[key])).exists():
             values[key] = str(path.resolve())
-    section = validate_section(Discover, {**values, "strengths": [1.0, 0.5, 1.5]}, "discover")
-    print(f"executed {execute('discover', name, section)}")
+    parameters = check_parameters("discover", {**values, "strengths": [1.0, 0.5, 1.5]}, "discover")
+    print(f"executed {execute('discover', name, parameters)}")
 
 
 @app.command()

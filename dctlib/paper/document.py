@@ -33,7 +33,7 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
         raise ValueError(f"no document {document!r}: expected one of {documents} (writeup/*.md)")
     metrics = dict(_metrics(root / "figures" / profile))
     replicated = {stem: compare_with_published(stem, metrics[stem]) for stem in RULES if stem in metrics}
-    params = load_profile(profile, root).model_dump(mode="json")
+    params = load_profile(profile, root)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(root / "writeup"),
         undefined=jinja2.StrictUndefined,

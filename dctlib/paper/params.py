@@ -1,57 +1,153 @@
-"""Profiles, params/*.yaml: which there are, and whether what they say is in order."""
+"""Profiles, params/*.yaml: their values, checked against the notebooks' parameters cells.
 
+A notebook's parameters cell is the one source of names and types: the type of a parameter is that of its default,
+or its annotation where ``None`` or another type is allowed too. ``RULES`` adds the bounds that no type expresses.
+"""
+
+import ast
+import functools
+import json
+import operator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from dctlib._io import ROOT
-from dctlib.paper import beyond_sections as beyond
-from dctlib.paper import sections
 
 
-class Profile(sections.Section):
-    """What params/<profile>.yaml says, one section a notebook."""
-
-    organisms: sections.Organisms
-    training_curves: sections.TrainingCurves
-    multiplicity: sections.Multiplicity
-    ablation: sections.Ablation
-    synthetic_recovery: sections.SyntheticRecovery
-    replication_audit: sections.ReplicationAudit
-    sample_complexity: sections.SampleComplexity
-    deeper_models: sections.DeeperModels
-    rerouted: sections.Rerouted
-    locked: sections.Locked
-    circuit_breaker: sections.CircuitBreaker
-    password_locked: sections.PasswordLocked
-    discover: sections.Discover
-    baselines: beyond.Baselines
-    stability: beyond.Stability
-    replicates: beyond.Replicates
-    secrets: beyond.Secrets
-    auditing: beyond.Auditing
-    hidden_sums: beyond.HiddenSums
-    anomaly: beyond.Anomaly
-    choices: beyond.Choices
+def _integer(least: int, most: int | None = None) -> Any:
+    return Annotated[int, Field(ge=least, le=most, strict=True)]  # strict: true is no 1
 
 
-class Run(sections.Section):
-    """What params/run.yaml says of all notebooks."""
+def _several(kind: Any, least: int = 1, most: int | None = None) -> Any:
+    return Annotated[list[kind], Field(min_length=least, max_length=most)]
+
+
+INDEX = _integer(0)
+COUNT = _integer(1)
+EVEN = Annotated[int, Field(ge=2, multiple_of=2, strict=True)]
+NUMBER = Annotated[float, Field(strict=True)]
+POSITIVE = Annotated[float, Field(gt=0, strict=True)]
+RATE = Annotated[float, Field(ge=0, le=1, strict=True)]
+TEXT = Annotated[str, Field(min_length=1)]
+
+FIT = 32
+"""Prompts that a split keeps for fits, and as many for validation."""
+
+TEST = 100
+"""Prompts that a split keeps for tests."""
+
+TYPES: dict[str, Any] = {"bool": Annotated[bool, Field(strict=True)], "int": COUNT, "float": POSITIVE, "str": TEXT, "list[str]": _several(TEXT)}
+"""What a type means where ``RULES`` does not name the parameter."""
+
+RULES: dict[str, Any] = {
+    # layers and seeds
+    **dict.fromkeys(("source", "target", "seed"), INDEX),
+    **dict.fromkeys(("sources", "reroute_layers", "keep_layers", "supervised_layers"), _several(INDEX)),
+    **dict.fromkeys(("seeds", "controls"), _several(INDEX)),
+    **dict.fromkeys(("replicates.seeds", "auditing.seeds", "hidden_sums.seeds"), _several(INDEX, 2)),  # an interval
+    "stability.seeds": _several(INDEX, 2, 2),
+    # prompts
+    **dict.fromkeys(("fit_prompts", "validation"), _integer(1, FIT)),
+    **dict.fromkeys(("anomaly.fit_prompts", "discover.fit_prompts"), COUNT),  # from sets of their own
+    **dict.fromkeys(("discover.validation", "anomaly.trusted"), _integer(2)),
+    "stability.fit_prompts": _integer(1, FIT // 2),  # two fits share no prompt
+    "circuit_breaker.validation": _integer(4, FIT),
+    "hidden_sums.held_out": _integer(2, FIT),
+    "sizes": _several(_integer(1, FIT)),
+    "auditing.sizes": _several(COUNT),
+    "test": _integer(2, TEST),
+    "ablated": _integer(2, TEST),
+    "organisms.test": _integer(3, TEST),
+    **dict.fromkeys(("circuit_breaker.test", "baselines.test"), _integer(4, TEST)),
+    "multiplicity.test": _integer(5, TEST),
+    # fits
+    **dict.fromkeys(("auditing.num_factors", "hidden_sums.num_factors"), EVEN),  # power steering has both signs
+    **dict.fromkeys(("sample_complexity.num_factors", "discover.num_factors", "shown", "shuffles"), _integer(2)),
+    "plain_batch": _integer(2),
+    "least": RATE,
+    **dict.fromkeys(("threshold", "min_pmi"), NUMBER),
+    # choices
+    "dtype": Literal["native", "float32", "bfloat16"],
+    "organisms.kinds": list[Literal["refusal"]],  # none where the profile's models already hide something
+    "questions": Literal["sums", "math"],
+    "method": Literal["exponential", "quadratic", "linear"],
+    "rank_by": Literal["fluent", "divergence", "change", "alpha", "score"],
+    "prompts": TEXT | _several(TEXT, 2),
+    "words": tuple[TEXT, TEXT],
+    "supervised_lengths": list[POSITIVE],
+    "others": create_model(
+        "Others",
+        __config__=ConfigDict(extra="forbid"),
+        prompts=(list[Literal["averaged", "concatenated"]], ...),
+        nonlinearity=(list[POSITIVE], ...),
+        horizon=(list[COUNT], ...),
+        positions=(list[COUNT], ...),
+    ),
+}
+"""What a value must be, by parameter, or by notebook and parameter."""
+
+
+class _Section(BaseModel):
+    """Parameters of one notebook; unknown names are refused, because their defaults would stay in force unnoticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _agree(self) -> "_Section":
+        if contradiction := _contradiction(vars(self)):
+            raise ValueError(contradiction)
+        return self
+
+
+def _contradiction(values: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with parameters that are valid one by one."""
+    source, target = values.get("source"), values.get("target")
+    if (source is None) != (target is None):
+        return "give both source and target, or neither"
+    if source is not None and target is not None and source >= target:
+        return f"source={source} must lie below target={target}"
+    if values.get("rank_by") == "score" and values["words"] is None:
+        return "rank_by='score' needs two words"
+    prompt = values.get("prompt")
+    if "questions" in values and prompt and "{question}" not in prompt:
+        return f"prompt={prompt!r} must hold {{question}}, where each question goes"
+    for part, whole in (("tries", "num_factors"), ("fit_prompts", "trusted")):
+        if part in values and whole in values and values[part] > values[whole]:
+            return f"{part}={values[part]} are part of {whole}={values[whole]}, so at most as many"
+    if "controls" in values and len(set(values["seeds"])) < max(len(values["seeds"]), len(values["kinds"])):
+        return f"seeds={values['seeds']} make one organism each: give {len(values['kinds'])} or more, all different"
+    return None
+
+
+class Run(BaseModel):
+    """Settings of params/run.yaml, which hold for all notebooks.
+
+    Attributes
+    ----------
+    profile : str
+        Name of the profile that the pipeline runs.
+    ray : str
+        Address of the cluster for sweeps, as ``ray.init`` takes it; empty for this machine alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     profile: str
     ray: str = ""
-    """The cluster for sweeps, as ``ray.init`` takes it; empty for this machine alone."""
 
 
 def load_run(root: Path = ROOT) -> Run:
-    """Read and check params/run.yaml."""
-    return _validated(root / "params" / "run.yaml", Run)
+    """Return the settings of params/run.yaml, checked."""
+    path = root / "params" / "run.yaml"
+    return _validate(Run, _read(path), f"params/{path.name}")
 
 
-def load_profile(name: str, root: Path = ROOT) -> Profile:
-    """Read and check params/<name>.yaml.
+def load_profile(name: str, root: Path = ROOT) -> dict[str, dict[str, Any]]:
+    """Return the parameters in params/<name>.yaml by notebook, checked; a profile may leave notebooks out.
 
     Raises
     ------
@@ -59,28 +155,86 @@ def load_profile(name: str, root: Path = ROOT) -> Profile:
         If there is no such profile, or a key is unknown, missing or out of range; the message names file and key.
     """
     folder = root / "params"
-    path = folder / f"{name}.yaml"
     profiles = sorted(file.stem for file in folder.glob("*.yaml") if file.stem != "run")
     if name not in profiles:
         raise ValueError(f"no profile {name!r}: expected one of {', '.join(profiles)} (params/*.yaml)")
-    return _validated(path, Profile)
+    return check_profile(_read(folder / f"{name}.yaml"), f"params/{name}.yaml", root)
 
 
-def _validated(path: Path, kind: type[Any]) -> Any:
+def check_profile(content: Mapping[str, Any], where: str, root: Path = ROOT) -> dict[str, dict[str, Any]]:
+    """Return the sections of a profile as papermill takes them.
+
+    Raises
+    ------
+    ValueError
+        With one line for each key of `where` that is wrong.
+    """
+    sections: dict[str, Any] = {path.stem: (_section(path), None) for path in (root / "notebooks").glob("*.ipynb")}
+    if not content:
+        raise ValueError(f"{where} holds no section, expected some of {', '.join(sorted(sections))}")
+    profile = create_model("Profile", __config__=ConfigDict(extra="forbid"), **sections)
+    return _validate(profile, content, where).model_dump(mode="json", exclude_unset=True)
+
+
+def check_parameters(stem: str, values: Mapping[str, Any], where: str, root: Path = ROOT) -> dict[str, Any]:
+    """Return the parameters of notebooks/<stem>.ipynb, checked as those of a profile are."""
+    return _validate(_section(root / "notebooks" / f"{stem}.ipynb"), values, where).model_dump(mode="json")
+
+
+def read_defaults(notebook: Path) -> dict[str, tuple[Any, list[str]]]:
+    """Return each name of a notebook's parameters cell with its default and the types of its annotation, if any."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    defaults = {}
+    for node in ast.parse("\n".join(tagged)).body:
+        if isinstance(node, ast.AnnAssign) and node.value:
+            defaults[ast.unparse(node.target)] = ast.literal_eval(node.value), ast.unparse(node.annotation).split(" | ")
+        elif isinstance(node, ast.Assign):
+            defaults[ast.unparse(node.targets[0])] = ast.literal_eval(node.value), []
+    return defaults
+
+
+def _section(notebook: Path) -> type[_Section]:
+    return _section_at(notebook, notebook.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _section_at(notebook: Path, _changed: int) -> type[_Section]:
+    defaults = read_defaults(notebook)
+    fields: dict[str, Any] = {
+        name: (_type_of(notebook.stem, name, default, annotation), ...)
+        for name, (default, annotation) in defaults.items()
+        if name != "profile"  # which the pipeline adds
+    }
+    return create_model(notebook.stem, __base__=_Section, **fields)
+
+
+def _type_of(stem: str, name: str, default: Any, annotation: list[str]) -> Any:
+    kind = RULES.get(f"{stem}.{name}", RULES.get(name))
+    if kind is None and annotation:
+        kind = functools.reduce(operator.or_, (TYPES[part] for part in annotation if part != "None"))
+    elif kind is None and isinstance(default, dict):
+        fields: dict[str, Any] = {key: (_type_of(stem, key, value, []), ...) for key, value in default.items()}
+        kind = create_model(name, __config__=_Section.model_config, **fields)
+    elif kind is None and isinstance(default, list):
+        kind = _several(_type_of(stem, "", default[0], []))
+    elif kind is None:
+        kind = TYPES[type(default).__name__]
+    return kind | None if "None" in annotation else kind
+
+
+def _read(path: Path) -> dict[str, Any]:
     where = f"{path.parent.name}/{path.name}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {where}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{where} holds {type(content).__name__}, expected a mapping of {', '.join(kind.model_fields)}"
-        )
-    return validate_section(kind, content, where)
+        raise ValueError(f"{where} holds {type(content).__name__}, expected a mapping")
+    return content
 
 
-def validate_section(kind: type[Any], content: dict[str, Any], where: str) -> Any:
-    """`content` as a section of this kind, or ValueError with a line for each key of `where` that is wrong."""
+def _validate(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -95,6 +249,6 @@ def _explain(where: str, detail: Any) -> str:
             return f"{where}: unknown key {key}; is it misspelt?"
         case "missing":
             return f"{where}: {key} is missing"
-        case "value_error":  # of keys together, as a validator of ours says it
+        case "value_error":  # of keys together
             return f"{where}: {key}{': ' if key else ''}{detail['ctx']['error']}"
     return f"{where}: {key} = {detail['input']!r}: {detail['msg']}"

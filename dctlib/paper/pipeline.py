@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from dctlib._io import ROOT, atomic_path, write_json
 from dctlib.models.loading import silence_transformers
 from dctlib.paper.params import load_profile, load_run
 from dctlib.paper.plots import save_figure
-from dctlib.paper.sections import Section
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
     ValueError
         If the profile is invalid or has no section for the notebook, or a cell raised ValueError.
     """
-    section = getattr(load_profile(profile, root), stem, None)
-    if section is None:
+    parameters = load_profile(profile, root).get(stem)
+    if parameters is None:
         raise ValueError(f"params/{profile}.yaml has no section {stem}, so there is no such notebook to run")
-    return execute(stem, profile, section, root)
+    return execute(stem, profile, parameters, root)
 
 
-def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Path:
+def execute(stem: str, profile: str, parameters: Mapping[str, Any], root: Path = ROOT) -> Path:
     """Execute notebooks/<stem>.ipynb into runs/<profile>/<stem>.ipynb and .html, and return the former.
 
     The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes; its sweeps
@@ -83,8 +83,8 @@ def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Pat
     ----------
     profile : str
         Names the folders of what the notebook leaves: figures/<profile>/ and so on.
-    section : Section
-        Its parameters.
+    parameters : mapping
+        Values of its parameters cell, by name.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def execute(stem: str, profile: str, section: Section, root: Path = ROOT) -> Pat
             papermill.execute_notebook(
                 root / "notebooks" / f"{stem}.ipynb",
                 partial,
-                parameters={"profile": profile, **section.model_dump(mode="json")},
+                parameters={"profile": profile, **parameters},
                 cwd=root / "notebooks",
                 kernel_name="python3",
                 language="python",

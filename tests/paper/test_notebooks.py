@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import dctlib
+from dctlib.paper.params import read_defaults
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -29,12 +30,7 @@ def code_lines(path):
 
 
 def test_parameters_are_the_smoke_profile(path):
-    (source,) = [source for cell, source in code_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
-    found = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+    found = {name: default for name, (default, _) in read_defaults(path).items()}
     expected = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())[path.stem]
     assert found == {"profile": "smoke", **expected}
 

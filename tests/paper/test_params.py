@@ -1,25 +1,17 @@
-from typing import get_args
-
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dctlib._io import ROOT
-from dctlib.paper import beyond_sections
-from dctlib.paper.organisms import secrets as planted_secrets
-from dctlib.paper.params import Profile, load_profile, load_run
+from dctlib.paper.params import load_profile, load_run
 
 PROFILES = ["smoke", "laptop", "paper"]
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_the_committed_profiles_are_valid(name):
-    assert isinstance(load_profile(name), Profile)
-
-
-def test_the_kinds_of_secret_are_those_that_can_be_planted():
-    assert get_args(beyond_sections.Kind) == get_args(planted_secrets.Kind)
+def test_the_committed_profiles_are_valid_and_papermill_takes_what_they_say(name):
+    assert load_profile(name) == yaml.safe_load((ROOT / "params" / f"{name}.yaml").read_text())
 
 
 def test_the_default_is_laptop_on_this_machine_alone():
@@ -38,6 +30,7 @@ def test_the_run_names_a_cluster_and_nothing_unknown(root):
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "params").mkdir()
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     return tmp_path
 
 
@@ -75,10 +68,24 @@ def test_a_profile_is_a_name_not_a_path(name):
         ("password_locked", "prompt", "Solve it.", "must hold {question}"),
         ("auditing", "num_factors", 5, "auditing.num_factors = 5"),
         ("auditing", "seeds", [], "auditing.seeds"),
-        ("auditing", "seeds", [3], "give 2 or more, all different"),
+        ("auditing", "seeds", [3], "auditing.seeds"),
+        ("secrets", "seeds", [3], "give 2 or more, all different"),
         ("anomaly", "seeds", [3, 3], "give 2 or more, all different"),
         ("organisms", "harmful_batch", 0, "organisms.harmful_batch = 0"),
         ("organisms", "kinds", ["refusl"], "organisms.kinds.0 = 'refusl'"),
+        ("organisms", "steps", True, "organisms.steps = True"),
+        ("organisms", "steps", 1.5, "organisms.steps = 1.5"),
+        ("organisms", "steps", None, "organisms.steps = None"),
+        ("organisms", "model", 3, "organisms.model = 3"),
+        ("organisms", "learning_rate", "5e-4", "organisms.learning_rate = '5e-4'"),
+        ("organisms", "learning_rate", float("nan"), "organisms.learning_rate = nan"),
+        ("locked", "least", 80, "locked.least = 80"),
+        ("rerouted", "bounds", {"min_pmi": 0.3}, "rerouted.bounds.max_perplexity is missing"),
+        ("choices", "others", {"prompt": []}, "unknown key choices.others.prompt"),
+        ("baselines", "tries", 5, "tries=5 are part of num_factors=4"),
+        ("discover", "source", None, "give both source and target, or neither"),
+        ("discover", "rank_by", "score", "needs two words"),
+        ("discover", "words", ["Sure"], "discover.words"),
     ],
 )
 def test_messages_name_file_and_key(root, section, key, value, message):
@@ -86,6 +93,32 @@ def test_messages_name_file_and_key(root, section, key, value, message):
     changed[section][key] = value
     with pytest.raises(ValueError, match=message):
         written(root, changed)
+
+
+def test_a_name_of_no_notebook_is_unknown(root):
+    with pytest.raises(ValueError, match=r"params/mine\.yaml: unknown key organism; is it misspelt"):
+        written(root, {"organism": content()["organisms"]})
+
+
+def test_a_profile_may_hold_some_sections_only(root):
+    some = {"organisms": content()["organisms"]}
+    assert written(root, some) == some
+
+
+def test_null_is_taken_where_the_notebook_says_so(root):
+    some = {"locked": content()["locked"] | {"base": None}}
+    assert written(root, some) == some
+
+
+def test_every_wrong_key_has_a_line_of_its_own(root):
+    changed = content()
+    changed["organisms"] |= {"steps": 0, "seed": -1}
+    with pytest.raises(ValueError) as error:
+        written(root, changed)
+    assert [line.split(" = ")[0] for line in str(error.value).splitlines()] == [
+        "params/mine.yaml: organisms.steps",
+        "params/mine.yaml: organisms.seed",
+    ]
 
 
 def test_a_missing_key_is_named(root):
@@ -108,6 +141,7 @@ def test_what_is_not_a_mapping_is_refused(root, text):
 def test_any_other_yaml_is_a_value_error(tmp_path_factory, value):
     root = tmp_path_factory.mktemp("fuzz")
     (root / "params").mkdir()
+    (root / "notebooks").symlink_to(ROOT / "notebooks")
     with pytest.raises(ValueError, match=r"params/mine\.yaml"):
         written(root, yaml.safe_dump(value))
 

@@ -10,23 +10,15 @@ from typer.testing import CliRunner
 from dctlib._io import ROOT
 from dctlib.cli import app
 from dctlib.paper import pipeline
-from dctlib.paper.sections import Section
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(tmp_path):
     """A repository with one notebook, `toy`, whose parameter is x."""
-
-    class Toy(Section):
-        x: int
-
-    class Profile(Section):
-        toy: Toy
-
-    monkeypatch.setattr(pipeline, "load_profile", lambda name, root: Profile(toy=Toy(x=7)))
     for folder in ("notebooks", "params"):
         (tmp_path / folder).mkdir()
     (tmp_path / "params" / "run.yaml").write_text("profile: mine\n")
+    (tmp_path / "params" / "mine.yaml").write_text("toy: {x: 7}\n")
 
     def write(code):
         cells = [new_code_cell("x = 1\nprofile = ''", metadata={"tags": ["parameters"]}), new_code_cell(code)]
@@ -116,12 +108,12 @@ def test_discover_is_the_notebook_with_the_options_as_parameters(monkeypatch, tm
     options = ["--model", model, "--prompts", "mine.txt", "--words", "Sure", "Sorry", "--num-factors", "16"]
     result = CliRunner().invoke(app, ["discover", *options])
     assert result.exit_code == 0, result.output
-    ((stem, found, section),) = called
+    ((stem, found, parameters),) = called
     assert (stem, found) == ("discover", name)
-    assert section.model == model
-    assert section.prompts == str(tmp_path / "mine.txt")
-    assert section.words == ("Sure", "Sorry")
-    assert (section.num_factors, section.source, section.rank_by) == (16, None, "fluent")
+    assert parameters["model"] == model
+    assert parameters["prompts"] == str(tmp_path / "mine.txt")
+    assert parameters["words"] == ["Sure", "Sorry"]
+    assert [parameters[key] for key in ("num_factors", "source", "rank_by")] == [16, None, "fluent"]
 
 
 def test_metrics_in_git_are_json():
