@@ -40,7 +40,13 @@ FIT = 32
 TEST = 100
 """Prompts that a split keeps for tests."""
 
-TYPES: dict[str, Any] = {"bool": Annotated[bool, Field(strict=True)], "int": COUNT, "float": POSITIVE, "str": TEXT, "list[str]": _several(TEXT)}
+TYPES: dict[str, Any] = {
+    "bool": Annotated[bool, Field(strict=True)],
+    "int": COUNT,
+    "float": POSITIVE,
+    "str": TEXT,
+    "list[str]": _several(TEXT),
+}
 """What a type means where ``RULES`` does not name the parameter."""
 
 RULES: dict[str, Any] = {
