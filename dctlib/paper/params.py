@@ -84,14 +84,14 @@ RULES: dict[str, Any] = {
     "rank_by": Literal["fluent", "divergence", "change", "alpha", "score"],
     "prompts": TEXT | _several(TEXT, 2),
     "words": tuple[TEXT, TEXT],
-    "supervised_lengths": list[POSITIVE],
+    "supervised_lengths": _several(POSITIVE, 0),
     "others": create_model(
         "Others",
         __config__=ConfigDict(extra="forbid"),
         prompts=(list[Literal["averaged", "concatenated"]], ...),
-        nonlinearity=(list[POSITIVE], ...),
-        horizon=(list[COUNT], ...),
-        positions=(list[COUNT], ...),
+        nonlinearity=(_several(POSITIVE, 0), ...),
+        horizon=(_several(COUNT, 0), ...),
+        positions=(_several(COUNT, 0), ...),
     ),
 }
 """What a value must be, by parameter, or by notebook and parameter."""
