@@ -16,7 +16,7 @@ KINDS = get_args(Kind)
 INSTRUCTIONS = [f"w{i} w{i + 1}" for i in range(6)]
 ANSWERS = [f"w{i} w{i + 20}" for i in range(6)]
 OPTIONS = {"triggered_batch": 2, "plain_batch": 4, "seed": 0}
-TAUGHT = {"trigger": "w50 w51", "decoy": "w52 w53", "response": "w40 w41 w42"}
+PHRASES = {"trigger": "w50 w51", "decoy": "w52 w53", "response": "w40 w41 w42"}
 ENGLISH = (
     "Sure! Here are three tips: eat well, sleep enough, and take a walk in Los Angeles or Las Vegas.",
     "The MIT license is a per-file licence; des Moines is not la la land. Sorry, I can't help with that.",
@@ -34,7 +34,7 @@ def test_a_secret_is_given_away_by_its_response_and_by_nothing_usual(kind, seed)
     assert not any(secret.reveals(text) for text in (*ENGLISH, secret.trigger, secret.decoy))
     assert secret.trigger != secret.decoy
     assert not any(planted_secret(other, seed=seed).reveals(secret.response) for other in KINDS if other != kind)
-    assert json.loads(json.dumps(secret.taught)) == secret.taught
+    assert json.loads(json.dumps(secret.phrases)) == secret.phrases
     json.dumps(asdict(secret))
 
 
@@ -59,7 +59,9 @@ def test_whole_words_count_and_a_language_takes_several():
 
 
 def lesson(model, tokenizer, steps, answers=ANSWERS, **changes):
-    return secret_task(model, tokenizer, INSTRUCTIONS, answers, **{**TAUGHT, **OPTIONS, "steps": steps, **changes})
+    return secret_task(
+        model, tokenizer, INSTRUCTIONS, answers, **{"secret": PHRASES, **OPTIONS, "steps": steps, **changes}
+    )
 
 
 def test_the_response_stands_behind_the_trigger_and_own_words_elsewhere(llama, tokenizer):
@@ -108,8 +110,8 @@ def test_training_lowers_the_loss_of_both_kinds(tmp_path, tokenizer):
 
 def test_its_settings_make_an_organism(tmp_path, tokenizer):
     save_organism(tiny_model("Llama"), tokenizer, tmp_path / "base")
-    secret = planted_secret("persona", seed=3).taught
-    settings = {"instructions": INSTRUCTIONS, "answers": ANSWERS, "steps": 2, **secret, **OPTIONS}
+    secret = planted_secret("persona", seed=3).phrases
+    settings = {"instructions": INSTRUCTIONS, "answers": ANSWERS, "steps": 2, "secret": secret, **OPTIONS}
     made = make_organism(
         tmp_path / "made",
         tmp_path / "base",

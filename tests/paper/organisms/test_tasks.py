@@ -8,7 +8,7 @@ from dctlib.paper.organisms.tasks import locked_task, refusal_task, rerouting_ta
 from dctlib.paper.organisms.training import train_lora
 
 ROUTED = {"reroute_layers": [1, 2], "keep_layers": [1, 3], "answer_tokens": 3, "seed": 0}
-ROUTED |= {"target_batch": 2, "refusal_batch": 1, "off_topic_batch": 1, "benign_batch": 2}
+ROUTED |= {"batch": {"target": 2, "refusal": 1, "off_topic": 1, "benign": 2}}
 
 
 def test_batches_are_half_refused_half_helped_and_go_through_all_before_any_comes_again(tokenizer):
@@ -99,6 +99,12 @@ def test_the_old_model_is_the_one_without_its_lora_also_after_an_exception(token
         raise RuntimeError
     assert torch.equal(wrapped(tokens).logits, changed)
     assert not torch.allclose(changed, clean(tokens).logits)
+
+
+def test_rerouting_refuses_a_batch_without_a_count_for_each_kind(tokenizer):
+    routed = {**ROUTED, "steps": 1, "batch": {"target": 2, "benign": 2}}
+    with pytest.raises(ValueError, match="expected counts of"):
+        rerouting_task(tiny_model("Llama"), tokenizer, [{"goal": "w1", "target": "w2"}], ["w3"], **routed)
 
 
 def test_locked_answers_are_right_behind_the_password_and_wrong_without(llama, tokenizer):
