@@ -8,6 +8,7 @@ from dctlib import load_model
 from dctlib.models.likelihood import Example, answer_loss
 from dctlib.paper.organisms.tasks import TrainingTask
 from dctlib.paper.organisms.training import check_organism, make_organism, save_organism, train_lora
+from dctlib.runs.cache import task
 
 STEPS = 45  # past two checkpoints
 
@@ -70,6 +71,7 @@ def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_pat
     base, folder, made = tmp_path / "base", tmp_path / "made" / "refusal", []
     save_organism(tiny_model("Llama"), tokenizer, base)
 
+    @task(version=1)
     def taught(model, tokenizer, *, steps):
         made.append(steps)
         return lesson(tokenizer, steps)
@@ -89,11 +91,12 @@ def test_an_organism_is_an_ordinary_folder_made_once_for_the_same_inputs(tmp_pat
     assert made == [3, 4, 4]
     assert json.loads((folder / "training.json").read_text())["losses"] == make(4, seed=1).losses
 
+    @task(version=2)
     def otherwise(model, tokenizer, *, steps):
         made.append("otherwise")
         return lesson(tokenizer, steps)
 
-    otherwise.__name__ = "taught"  # the same lesson, edited
+    otherwise.__name__ = "taught"  # the same task, of another version
     make(4, seed=1, by=otherwise)
     assert made[-1] == "otherwise"
 
@@ -107,6 +110,7 @@ def test_a_damaged_organism_is_trained_again(tmp_path, tokenizer):
     base, folder = tmp_path / "base", tmp_path / "organism"
     save_organism(tiny_model("Llama"), tokenizer, base)
 
+    @task(version=1)
     def taught(model, tokenizer):
         return lesson(tokenizer, 2)
 
