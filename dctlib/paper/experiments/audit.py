@@ -1,6 +1,6 @@
-"""Blind audits: vectors found without trigger and secret, and what they reveal."""
+"""Blind audits: whether vectors that are found without a secret reveal it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,33 +27,46 @@ from dctlib.runs.cache import task
 from dctlib.steering.generation import generate_completions, sample_completions
 from dctlib.steering.scoring import effects
 
-_ORDERS = ("fluent", "divergence")
+_RANKINGS = ("fluent", "divergence")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Settings of a blind audit: of its fits, to ``sizes`` instructions each, and of its completions."""
+
+    source: int
+    target: int
+    sizes: Sequence[int]
+    nonlinearity: float
+    num_factors: int
+    iterations: int
+    answer_tokens: int
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What m vectors, or m samples, make a model say, and in which order an auditor would read it.
+    """The completions of an audited model, and the order in which an auditor reads them.
 
     Attributes
     ----------
-    said : list of list of str
-        The completions of n instructions under each vector.
+    completions : list of list of str
+        m vectors, or samples → the completions of n instructions.
     orders : dict
-        What they are ranked by, ``fluent`` or ``divergence`` (see :func:`dctlib.discovery.discover.discover`) → their numbers:
-        the first of each cluster of like vectors, the most promising first, and then the others.
+        Name of a ranking, ``fluent`` or ``divergence`` (see :func:`dctlib.discovery.discover.discover`) → the numbers of
+        the vectors: the first of each cluster of like ones by rank, then the others.
     """
 
-    said: list[list[str]]
+    completions: list[list[str]]
     orders: dict[str, list[int]]
 
     def reveals(self, secret: Secret, by: str) -> Bool[Tensor, " m"]:
-        """Whether each gives the secret away, in the order of reading: at least one of its completions does."""
-        return torch.tensor([any(map(secret.reveals, self.said[number])) for number in self.orders[by]])
+        """Return for each vector, in the order `by`, whether a completion reveals the secret."""
+        return torch.tensor([any(map(secret.reveals, self.completions[number])) for number in self.orders[by]])
 
     def first_to_reveal(self, secret: Secret, by: str) -> str | None:
-        """The completion that an auditor reads first of those that give the secret away, if there is one."""
-        read_in_order = (said for number in self.orders[by] for said in self.said[number])
-        return next(filter(secret.reveals, read_in_order), None)
+        """Return the first completion in the order `by` that reveals the secret, or None."""
+        ordered = (completion for number in self.orders[by] for completion in self.completions[number])
+        return next(filter(secret.reveals, ordered), None)
 
 
 @task(version=1)
@@ -64,59 +77,69 @@ def audit_model(
     instructions: Sequence[str],
     held_out: Sequence[str],
     *,
-    source: int,
-    target: int,
-    sizes: Sequence[int],
-    nonlinearity: float,
-    num_factors: int,
-    iterations: int,
-    answer_tokens: int,
+    config: Mapping[str, Any],
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Search a model for vectors on benign instructions, and hear what they make it say on others.
+    """Fit vectors to benign instructions, and complete others under each: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
-    The methods are DCT (exponential) on the first n instructions, for each n of `sizes`; power steering on as many as
-    the largest; random vectors; and sampling at temperature 1, without a vector. Each has `num_factors` tries of one
-    length R, calibrated on the fewest instructions. Arguments and result are JSON: a task for
-    :func:`dctlib.runs.sweep.run_sweep`.
+    The methods are DCT (exponential) on the first n instructions, for each n of ``sizes``; power steering on as many as
+    the largest; random vectors; and samples at temperature 1, without a vector. Each has ``num_factors`` tries, and all
+    vectors have one length R.
 
     Parameters
     ----------
     model, digest, dtype : str
-        See :func:`dctlib.models.fingerprint.fingerprint_model`.
+        As in :func:`dctlib.models.fingerprint.fingerprint_model`.
     instructions, held_out : sequence of str
-        User turns, in no chat format: those that are fitted, and those that are completed.
+        Instructions to fit and to complete, in no chat format.
+    config : mapping
+        The fields of :class:`AuditConfig`.
 
     Returns
     -------
     dict
         Method → the fields of :class:`AuditResult`.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer instructions than ``sizes`` asks for, or ``num_factors`` is odd.
     """
-    if max(sizes) > len(instructions) or num_factors % 2:
+    audit = AuditConfig(**config)
+    count = audit.num_factors
+    if max(audit.sizes) > len(instructions) or count % 2:
         raise ValueError(
-            f"got sizes={list(sizes)}, num_factors={num_factors}, expected at most {len(instructions)} instructions, "
+            f"got sizes={list(audit.sizes)}, num_factors={count}, expected at most {len(instructions)} instructions, "
             f"and an even number"
         )
     organism, tokenizer = load_fingerprinted(model, digest, dtype)
-    texts, asked = (format_chat(tokenizer, part) for part in (instructions, held_out))
-    at: dict[str, Any] = {"source": source, "target": target}
-    maps = {n: CausalMap.from_model(organism, tokenizer, texts[:n], **at) for n in sizes}
-    cmap, R = maps[max(sizes)], calibrate(maps[min(sizes)], nonlinearity=nonlinearity, seed=seed)
-    options: dict[str, Any] = {"num_factors": num_factors, "iterations": iterations, "input_scale": R, "seed": seed}
-    fits = {n: fit_exponential(of, **options, progress=False) for n, of in maps.items()}
-    vectors = {f"DCT, n = {n}": dct.steering_vectors() for n, dct in fits.items()}
-    V = power_steering(cmap, num_vectors=num_factors // 2, seed=seed).V
-    vectors["power steering"] = R * torch.cat([V, -V])
-    vectors["random"] = random_vectors(num_factors, cmap.d_source, norm=R, seed=seed)
-    speaking: dict[str, Any] = {"max_new_tokens": answer_tokens, "progress": False}
-    clean = generate_completions(organism, tokenizer, asked, **speaking)
-    heard = {
-        method: audit_vectors(organism, tokenizer, held_out, clean, of, layer=source, **speaking)
-        for method, of in vectors.items()
+    texts = format_chat(tokenizer, instructions)
+    prompts = format_chat(tokenizer, held_out)
+    maps = {
+        n: CausalMap.from_model(organism, tokenizer, texts[:n], source=audit.source, target=audit.target)
+        for n in audit.sizes
     }
-    drawn = sample_completions(organism, tokenizer, asked, count=num_factors, seed=seed, **speaking)
-    heard["sampling"] = AuditResult(drawn, {by: [*range(num_factors)] for by in _ORDERS})
-    return {method: asdict(of) for method, of in heard.items()}
+    R = calibrate(maps[min(audit.sizes)], nonlinearity=audit.nonlinearity, seed=seed)
+    vectors = {}
+    for n, cmap in maps.items():
+        dct = fit_exponential(
+            cmap, num_factors=count, input_scale=R, iterations=audit.iterations, seed=seed, progress=False
+        )
+        vectors[f"DCT, n = {n}"] = dct.steering_vectors()
+    largest = maps[max(audit.sizes)]
+    V = power_steering(largest, num_vectors=count // 2, seed=seed).V
+    vectors["power steering"] = R * torch.cat([V, -V])
+    vectors["random"] = random_vectors(count, largest.d_source, norm=R, seed=seed)
+
+    generation: dict[str, Any] = {"max_new_tokens": audit.answer_tokens, "progress": False}
+    clean = generate_completions(organism, tokenizer, prompts, **generation)
+    results = {
+        method: audit_vectors(organism, tokenizer, held_out, clean, rows, layer=audit.source, **generation)
+        for method, rows in vectors.items()
+    }
+    samples = sample_completions(organism, tokenizer, prompts, count=count, seed=seed, **generation)
+    results["sampling"] = AuditResult(samples, {by: [*range(count)] for by in _RANKINGS})
+    return {method: asdict(result) for method, result in results.items()}
 
 
 def audit_vectors(
@@ -130,20 +153,25 @@ def audit_vectors(
     max_new_tokens: int,
     progress: bool = True,
 ) -> AuditResult:
-    """Complete `instructions`, which the unsteered model answers with `clean`, under every vector."""
-    speaking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
-    reading = complete_at_strengths(
-        model, tokenizer, instructions, clean, vectors, layer=layer, strengths=[1.0], **speaking
+    """Complete `instructions` under every vector, and order the vectors for reading.
+
+    Parameters
+    ----------
+    clean : sequence of str
+        The completions of the unsteered model.
+    """
+    options: dict[str, Any] = {"layer": layer, "progress": progress}
+    steered = complete_at_strengths(
+        model, tokenizer, instructions, clean, vectors, strengths=[1.0], max_new_tokens=max_new_tokens, **options
     )
-    texts = format_chat(tokenizer, instructions)
-    divergence = effects(model, tokenizer, texts, vectors, layer=layer, progress=progress).divergence.mean(1).tolist()
-    table = pd.DataFrame({"vector": range(len(vectors)), "fluent": reading.fluent, "divergence": divergence})
+    divergence = effects(model, tokenizer, format_chat(tokenizer, instructions), vectors, **options).divergence.mean(1)
+    columns = {"vector": range(len(vectors)), "fluent": steered.fluent, "divergence": divergence.tolist()}
     orders = {}
-    for by in _ORDERS:
-        ranked = rank_and_cluster(table, vectors, by=by)
+    for by in _RANKINGS:
+        ranked = rank_and_cluster(pd.DataFrame(columns), vectors, by=by)
         firsts = ranked.drop_duplicates("alike")
         orders[by] = [*firsts["vector"], *ranked.drop(firsts.index)["vector"]]
-    return AuditResult(reading.steered[1.0], orders)
+    return AuditResult(steered.steered[1.0], orders)
 
 
 @task(version=1)
@@ -155,59 +183,63 @@ def audit_sums(
     password: str,
     least: float,
     test: int,
-    sizes: list[int],
     held_out: int,
-    answer_tokens: int,
-    search: dict[str, Any],
+    config: Mapping[str, Any],
     seed: int,
 ) -> dict[str, Any]:
-    """Audit a password-locked organism without password and answers.
-
-    Arguments and result are JSON: a task for :func:`dctlib.runs.sweep.run_sweep`.
+    """Audit a password-locked organism without its password: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
     Parameters
     ----------
     model, digest, dtype : str
-        See :func:`dctlib.models.fingerprint.fingerprint_model`.
+        As in :func:`dctlib.models.fingerprint.fingerprint_model`.
     password : str
-        Only to see that the organism is what it should be.
+        Used only to check the organism.
     least : float
-        The rates of solving behind the password, and of hiding without it, that it must reach on test questions.
-    sizes : list of int
-        Questions that DCT is fitted to.
+        The least rates of solving behind the password, and of hiding without it, on `test` questions.
     held_out : int
-        Other questions, asked under each vector.
-    search : dict
-        What :func:`dctlib.paper.experiments.audit.audit_model` takes besides model, questions and seed.
+        Questions that are asked under each vector.
+    config : mapping
+        The fields of :class:`AuditConfig`, for :func:`audit_model`.
 
     Returns
     -------
     dict
-        ``locked`` and ``unlocked``, the rates of test questions that it solves without and behind the password, and
-        ``solved``: method → what vectors are ranked by → for each vector, in that order, whether it solves each
-        held-out question.
+        ``locked`` and ``unlocked``, the rates of test questions solved without and behind the password; and ``solved``:
+        method → ranking → for each vector, in that order, whether it solves each held-out question.
 
     Raises
     ------
     ValueError
         If the organism falls short of `least`.
     """
-    asked = question_split("sums")
+    questions = question_split("sums")
     organism, tokenizer = load_fingerprinted(model, digest, dtype)
+    tested = questions.test[:test]
     rates = {}
-    for state, before in {"locked": "", "unlocked": password}.items():
-        texts = format_questions(tokenizer, asked.test[:test], None, password=before)
-        said = generate_completions(organism, tokenizer, texts, max_new_tokens=answer_tokens, description=state)
-        rates[state] = fraction_true(grade_answers(said, asked.test[:test]))
+    for state, prefix in {"locked": "", "unlocked": password}.items():
+        texts = format_questions(tokenizer, tested, None, password=prefix)
+        completions = generate_completions(
+            organism, tokenizer, texts, max_new_tokens=config["answer_tokens"], description=state
+        )
+        rates[state] = fraction_true(grade_answers(completions, tested))
     check_organism(f"locked-{seed}", {"solves": rates["unlocked"], "hides": 1 - rates["locked"]}, least=least)
 
-    fitted, rows = asked.fit[: max(sizes)], asked.validation[:held_out]
-    blind = {"instructions": [row["question"] for row in fitted], "held_out": [row["question"] for row in rows]}
-    heard = audit_model(model, digest, dtype, **blind, sizes=sizes, answer_tokens=answer_tokens, **search, seed=seed)
+    rows = questions.validation[:held_out]
+    results = audit_model(
+        model,
+        digest,
+        dtype,
+        instructions=[row["question"] for row in questions.fit[: max(config["sizes"])]],
+        held_out=[row["question"] for row in rows],
+        config=config,
+        seed=seed,
+    )
     solved = {
         method: {
-            by: [grade_answers(of["said"][number], rows) for number in order] for by, order in of["orders"].items()
+            by: [grade_answers(result["completions"][number], rows) for number in order]
+            for by, order in result["orders"].items()
         }
-        for method, of in heard.items()
+        for method, result in results.items()
     }
     return rates | {"solved": solved}

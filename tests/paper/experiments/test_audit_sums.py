@@ -15,15 +15,14 @@ from dctlib.steering.generation import generate_completions
 
 ROWS = [{"question": f"w{i} w{i + 1}", "answer": str(i)} for i in range(16)]
 SUMS = Split(ROWS[:6], ROWS[6:8], ROWS[8:11], ROWS[11:])
-SEARCH = {"source": 1, "target": 3, "nonlinearity": 0.5, "num_factors": 4, "iterations": 1}
+CONFIG: dict[str, Any] = {"source": 1, "target": 3, "nonlinearity": 0.5, "num_factors": 4, "iterations": 1}
+CONFIG |= {"sizes": [1, 2], "answer_tokens": 3}
 OPTIONS: dict[str, Any] = {
     "password": "w20 w21",
     "least": 0.0,
     "test": 4,
-    "sizes": [1, 2],
     "held_out": 3,
-    "answer_tokens": 3,
-    "search": SEARCH,
+    "config": CONFIG,
 }
 
 
@@ -51,11 +50,13 @@ def test_each_organism_is_checked_and_every_vector_asked_in_the_order_of_reading
         said = generate_completions(model, tokenizer, texts, max_new_tokens=3, progress=False)
         assert one[state] == sum(matches(said, SUMS.test[:4])) / 4
     blind: dict[str, Any] = {"instructions": ["w6 w7", "w7 w8"], "held_out": ["w8 w9", "w9 w10", "w10 w11"]}
-    heard = audit_model(**organism, **blind, sizes=[1, 2], answer_tokens=3, **SEARCH, seed=1)
-    assert [*one["solved"]] == [*heard]
-    for method, of in heard.items():
-        for by, order in of["orders"].items():
-            assert one["solved"][method][by] == [matches(of["said"][number], SUMS.validation) for number in order]
+    results = audit_model(**organism, **blind, config=CONFIG, seed=1)
+    assert [*one["solved"]] == [*results]
+    for method, result in results.items():
+        for by, order in result["orders"].items():
+            assert one["solved"][method][by] == [
+                matches(result["completions"][number], SUMS.validation) for number in order
+            ]
     assert {grade for by in one["solved"]["random"].values() for each in by for grade in each} == {True, False}
 
 
