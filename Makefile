@@ -1,5 +1,6 @@
 # make repro   the paper: fetch, train the organisms, fit, draw, write (params/run.yaml names the profile)
 # make beyond  what goes past the post: baselines, audits, stability, choices, and a document of them
+# make study   the paper's own evidence: the next cell without a record, until done or stopped; it resumes where it was
 # make test    everything CI checks
 # make env     the environment alone, .venv, for whoever wants the tool and not the paper
 # make help    the other targets
@@ -12,7 +13,7 @@ NBVAL := pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=120
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: env repro beyond test test-all audit lint unit smoke nbval bench docs notebook lock clean help
+.PHONY: env repro beyond study test test-all nightly audit lint unit smoke nbval bench docs notebook lock clean help
 
 env: $(READY)
 
@@ -21,6 +22,10 @@ repro: $(READY)
 
 beyond: $(READY)
 	PATH="$(BIN):$$PATH" dvc repro beyond/dvc.yaml
+
+# ARGS="--stage real_models --minutes 60" takes one stage and ends after an hour.
+study: $(READY)
+	$(BIN)/python -m dctlib study $(ARGS)
 
 test: lint unit nbval
 
@@ -39,6 +44,10 @@ test-all: test
 	$(MAKE) smoke
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable '.[paper,ray]'
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest -m "slow or not slow" --hypothesis-profile=default
+
+# All tests, and some recorded cells of the study computed again: other ones every night.
+nightly: test-all
+	$(BIN)/python -m dctlib verify-records --profile study --sample 3
 
 # The pipeline at smoke size, whole or up to STAGES, in a copy of this tree, so that neither params/run.yaml nor dvc.lock
 # here changes.
@@ -94,6 +103,7 @@ clean:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-all   that, and what takes too long for CI: Ray, 10,000 inputs a loader"
+	@echo "make nightly   that, and some recorded results computed again"
 	@echo "make audit   known weaknesses of the locked packages, from the index"
 	@echo "make smoke   the whole pipeline at smoke size, in build/smoke"
 	@echo "make bench   what the engine costs here, into benchmarks/results/"

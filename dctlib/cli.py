@@ -110,6 +110,32 @@ def discover(
 
 
 @app.command()
+def study(
+    profile: Annotated[str, typer.Option(help="A file in params/, without .yaml.")] = "study",
+    stage: Annotated[str | None, typer.Option(help="The only stage to work on.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Start no cell later than this.", min=0)] = None,
+) -> None:
+    """Compute the cells of the study that have no record yet, until done or stopped (Ctrl-C or SIGTERM)."""
+    from dctlib.paper.study import run_study
+
+    run_study(profile, stage=stage, minutes=minutes)
+
+
+@app.command()
+def verify_records(
+    profile: Annotated[str, typer.Option(help="A file in params/, without .yaml.")] = "study",
+    sample: Annotated[int, typer.Option(help="How many recorded cells to compute again.", min=1)] = 3,
+    seed: Annotated[int | None, typer.Option(help="Which ones. Left out: other ones every day.")] = None,
+) -> None:
+    """Compute some recorded cells of the study again, and fail if a result does not agree with its record."""
+    from datetime import date
+
+    from dctlib.paper.study import verify_records as verify
+
+    verify(profile, sample=sample, seed=date.today().toordinal() if seed is None else seed)
+
+
+@app.command()
 def writeup(
     profile: ProfileOption = "",
     document: Annotated[str, typer.Option(help="A file in writeup/, without .md.")] = "paper",

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,16 @@ class NotebookRun:
     def draw(self, figure: Figure, what: str = "") -> Figure:
         """Save a figure as PNG and SVG under the notebook's name, and return it for display."""
         return save_figure(figure, self.folder("figures") / (f"{self.name}_{what}" if what else self.name))
+
+    def record(self, task: Callable[..., Any], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Return the results of a task under each of `settings`, from the records of this notebook.
+
+        Missing cells are computed here, but under the profile ``study`` they are an error: `make study` computes those.
+        """
+        from dctlib.runs.records import record_cells  # it loads torch, which the process that starts notebooks need not
+
+        folder = self.folder("records") / self.name
+        return record_cells(task, settings, folder=folder, compute=self.profile != "study")
 
     def write(self, results: dict[str, Any]) -> None:
         """Save the notebook's numbers, with the seconds that they took."""

@@ -1,35 +1,52 @@
 """Results remembered under a key of their inputs and of the version that their task declares."""
 
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from dctlib._io import atomic_path, sha256
 from dctlib.fits.solvers import FIT_VERSION
 from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.causal import CausalMap
 
+Task = Callable[..., Any]
+
+Setting = Mapping[str, Any]
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
 
 
-def task(*, version: int) -> Callable[[Function], Function]:
-    """Declare the version of a function whose results are remembered.
+def task(*, version: int, tolerance: float = 1e-3, agreement: float = 1.0) -> Callable[[Function], Function]:
+    """Declare the version of a function whose results are remembered, and how nearly a second computation repeats them.
 
-    Raise the version in the same commit as any change that alters the function's results, also a change in what the
-    function calls. Renames, moves and faster code keep the version, so they keep the results.
+    Parameters
+    ----------
+    version : int
+        Raise it in the same commit as any change that alters the function's results, also a change in what the
+        function calls. Renames, moves and faster code keep the version, so they keep the results.
+    tolerance : float
+        The relative difference between machines that numbers with a fraction may have.
+    agreement : float
+        The fraction of 1 of a result's values that must agree. Below 1 where texts are generated: another machine may
+        choose another token.
     """
 
     def declare(function: Function) -> Function:
-        function.version = version  # pyright: ignore[reportFunctionMemberAccess]
+        function.__dict__.update(version=version, tolerance=tolerance, agreement=agreement)
         return function
 
     return declare
 
 
-def declared_version(function: Callable[..., Any]) -> int:
+def declared_version(function: Task) -> int:
     """Return the version that :func:`task` declared.
 
     Raises
@@ -41,6 +58,26 @@ def declared_version(function: Callable[..., Any]) -> int:
     if not isinstance(version, int):
         raise ValueError(f"{function!r} declares no version, expected @task(version=1) from dctlib.runs.cache above it")
     return version
+
+
+def task_key(task: Task, setting: Setting) -> str:
+    """Return the key of a task's result under a setting, its keyword arguments.
+
+    Raises
+    ------
+    ValueError
+        If the task is not a function of a module or declares no version, or if the setting does not fit its arguments
+        or is not JSON.
+    """
+    name = getattr(task, "__qualname__", "<no name>")
+    module = sys.modules.get(task.__module__)
+    if "<" in name or not hasattr(module, "__file__"):
+        raise ValueError(f"got the task {task!r}, expected a function of a module, with a name: workers import it")
+    try:
+        inspect.signature(task).bind(**setting)
+        return cache_key(name, declared_version(task), setting)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"got the setting {setting!r}, expected arguments of {name} as JSON: {error}") from error
 
 
 def cache_key(name: str, version: int, inputs: Mapping[str, Any]) -> str:
@@ -96,3 +133,15 @@ def cached_fit(
     """
     key = cache_key(fit.__name__, FIT_VERSION, {"map": cmap.digest, **settings})
     return remember(folder, key, lambda: fit(cmap, **settings), save=Transcoder.save, load=Transcoder.load)
+
+
+def split_tensors(result: Any) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of a result that is a dict, as copies on the CPU, and the rest of the result."""
+    if not isinstance(result, dict):
+        return {}, result
+    tensors = {  # copies, because no file holds two tensors that share memory
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in result.items()
+        if isinstance(value, Tensor)
+    }
+    return tensors, {name: value for name, value in result.items() if name not in tensors}

@@ -1,16 +1,14 @@
 """Sweeps: one task over many settings, in processes of this machine or on a Ray cluster, each result computed once."""
 
 import hashlib
-import inspect
 import json
 import multiprocessing
 import os
 import platform
-import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -22,17 +20,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
 from tqdm import tqdm
 
 from dctlib._io import atomic_path, sha256
 from dctlib.fits.transcoder import Transcoder
-from dctlib.runs.cache import cache_key, declared_version
+from dctlib.runs.cache import Setting, Task, split_tensors, task_key
 from dctlib.runs.cluster import connect, get_result, max_workers
-
-Task = Callable[..., Any]
-
-Setting = Mapping[str, Any]
 
 File = tuple[str, bytes]  # the suffix of a result's file and its content: all that travels back from a worker
 
@@ -103,7 +96,7 @@ def run_sweep(
             f"got workers={workers}, threads={threads}, attempts={attempts}, gpus={gpus}, expected at least 1, and of "
             f"gpus at least 0"
         )
-    keys, folder = [_key(task, setting) for setting in settings], Path(folder)
+    keys, folder = [task_key(task, setting) for setting in settings], Path(folder)
     found = _kept(folder, keys)
     missing = {key: setting for key, setting in zip(keys, settings, strict=True) if key not in found}
     address = os.environ.get("RAY_ADDRESS", "") if ray is None else ray
@@ -206,7 +199,7 @@ def _on_cluster(
 
     def run(setting: Setting) -> File:
         try:
-            return get_result(ray, remote.remote(Path.cwd(), _key(task, setting), task, threads, setting))
+            return get_result(ray, remote.remote(Path.cwd(), task_key(task, setting), task, threads, setting))
         except ray.exceptions.RayError as error:
             raise RuntimeError(_killed(task, setting, attempts)) from error
 
@@ -219,7 +212,7 @@ def _file_from(folder: Path, key: str, task: Task, threads: int, setting: Settin
     Nor may a node that runs other code than the driver give a result under the driver's key.
     """
     os.chdir(folder)
-    if _key(task, setting) != key:
+    if task_key(task, setting) != key:
         raise ValueError(
             f"{platform.node()} has another {task.__module__}, or another dctlib behind it, than the driver; give all "
             f"nodes the same checkout"
@@ -240,17 +233,11 @@ def _file(task: Task, threads: int, setting: Setting) -> File:
             path = Path(scratch) / "result"
             result.save(path)
             return "safetensors", path.read_bytes()
-    values = result.items() if isinstance(result, dict) else ()
-    tensors = {  # copies, as no file holds two that share memory
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in values
-        if isinstance(value, Tensor)
-    }
+    tensors, rest = split_tensors(result)
     try:
         if tensors:
-            rest = {name: value for name, value in values if name not in tensors}
             return "safetensors", save(tensors, metadata={_REST: _json(rest)})
-        return "json", _json(result).encode()
+        return "json", _json(rest).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"expected JSON without NaN, tensors in a dict, or a Transcoder, of {task.__name__}: {error}"
@@ -291,17 +278,6 @@ def _read(path: Path) -> Any:
         if rest := (file.metadata() or {}).get(_REST):
             return json.loads(rest) | {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return Transcoder.load(path)
-
-
-def _key(task: Task, setting: Setting) -> str:
-    name, module = getattr(task, "__qualname__", "<no name>"), sys.modules.get(task.__module__)
-    if "<" in name or module is None or not hasattr(module, "__file__"):
-        raise ValueError(f"got the task {task!r}, expected a function of a module, with a name: workers import it")
-    try:
-        inspect.signature(task).bind(**setting)
-        return cache_key(name, declared_version(task), setting)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"got the setting {setting!r}, expected arguments of {name} as JSON: {error}") from error
 
 
 def _call(task: Task, setting: Setting) -> str:

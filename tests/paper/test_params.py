@@ -44,7 +44,7 @@ def written(root, value):
 
 
 def test_an_unknown_profile_names_the_known_ones():
-    with pytest.raises(ValueError, match="no profile 'lapto': expected one of laptop, paper, smoke"):
+    with pytest.raises(ValueError, match="no profile 'lapto': expected one of laptop, paper, smoke, study"):
         load_profile("lapto")
 
 
