@@ -1,10 +1,10 @@
-"""Selection of steering vectors on validation prompts."""
+"""Selection of steering vectors on validation prompts, which are never the prompts of a reported result."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,27 +19,45 @@ from dctlib.steering.hooks import ablate
 from dctlib.steering.scoring import Scores, score_each, score_texts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class SelectedVector:
+    """A vector selected on validation texts, with its scores on test texts.
+
+    Attributes
+    ----------
+    vector : Tensor, (d,)
+        At its length, on the CPU.
+    scores : list of float
+        logit(positive) − logit(negative) after each test text.
+    is_top1 : float
+        Fraction of test texts after which the positive word is the most likely of all tokens.
+    """
+
+    vector: Float[Tensor, " d"]
+    scores: list[float]
+    is_top1: float
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """The best of each set of candidate vectors, chosen on validation texts, on test texts beside the clean model.
+    """The best vector of each set, selected on validation texts by two rules and scored on test texts.
 
     Attributes
     ----------
     validation : dict
         Label of a set → :class:`Scores` of all its vectors on the validation texts.
+    clean : SelectedVector
+        Zeros: the model without steering.
     best : dict
-        Label → the chosen vector, (d,): ``"clean"``, zeros; for each set its label, the vector that
-        :meth:`Scores.best` takes; and ``"<label>, score alone"``, the one with the highest mean difference.
-    test : dict
-        The same labels → one difference of logits for each test text.
-    is_top1 : dict
-        The same labels → the share of test texts after which the positive word is the most likely of all tokens.
+        Label → the vector that :meth:`Scores.best` takes.
+    best_by_score : dict
+        Label → the vector with the highest mean difference of logits, whatever the model then says.
     """
 
     validation: dict[str, Scores]
-    best: dict[str, Float[Tensor, " d"]]
-    test: dict[str, list[float]]
-    is_top1: dict[str, float]
+    clean: SelectedVector
+    best: dict[str, SelectedVector]
+    best_by_score: dict[str, SelectedVector]
 
 
 def select_and_test(
@@ -54,48 +72,101 @@ def select_and_test(
     negative: str = "Sorry",
     progress: bool = True,
 ) -> Selection:
-    """Rank every set of `candidates` on `validation`, as :func:`score_each` does, and score the best of each on `test`.
+    """Select the best vector of each set of `candidates` on `validation`, and score it on `test`.
+
+    Parameters
+    ----------
+    candidates : mapping
+        Label → vectors, (m, d), each at its length.
+    validation, test : sequence of str
+        Whole prompts, as for :func:`dctlib.steering.scoring.score_each`.
 
     Raises
     ------
     ValueError
         If a text is in both: what is ranked on is not reported.
     """
-    if shared := set(validation) & set(test):
+    shared = set(validation) & set(test)
+    if shared:
         raise ValueError(f"{len(shared)} texts are in both validation and test; split() makes disjoint sets")
-    candidates = {label: vectors.cpu() for label, vectors in candidates.items()}
-    everything = torch.cat(list(candidates.values()))  # at once: each prompt's prefix is run once
-    options: Any = {"layer": layer, "positive": positive, "negative": negative, "progress": progress}
-    scored = score_each(model, tokenizer, validation, everything, **options)
-    sizes = [len(vectors) for vectors in candidates.values()]
-    parts = zip(candidates, scored.logit_diff.split(sizes), scored.is_top1.split(sizes), strict=True)
-    ranked = {label: Scores(difference, said) for label, difference, said in parts}
-    best = {"clean": torch.zeros(residual_width(model))}
-    for label, scores in ranked.items():
-        best[label] = candidates[label][scores.best()]
-        best[f"{label}, score alone"] = candidates[label][scores.best(say=0)]
-    tested = score_each(model, tokenizer, test, torch.stack(list(best.values())), **options)
-    differences, said = tested.logit_diff.tolist(), tested.is_top1.float().mean(1).tolist()
-    return Selection(ranked, best, dict(zip(best, differences, strict=True)), dict(zip(best, said, strict=True)))
+    sets = {label: vectors.cpu() for label, vectors in candidates.items()}
+    sizes = [len(vectors) for vectors in sets.values()]
+    score = partial(score_each, model, tokenizer, layer=layer, positive=positive, negative=negative, progress=progress)
+    scores = score(validation, torch.cat(list(sets.values())))  # at once: each prompt is captured once
+    parts = map(Scores, scores.logit_diff.split(sizes), scores.is_top1.split(sizes))
+    ranked = dict(zip(sets, parts, strict=True))
+    chosen = [torch.zeros(residual_width(model))]
+    for label, found in ranked.items():
+        chosen.append(sets[label][found.best()])
+        chosen.append(sets[label][found.best(min_top1=0)])
+    vectors = torch.stack(chosen)
+    tested = score(test, vectors)
+    rates = tested.is_top1.float().mean(1).tolist()
+    clean, *best = map(SelectedVector, vectors, tested.logit_diff.tolist(), rates)
+    return Selection(ranked, clean, dict(zip(sets, best[::2], strict=True)), dict(zip(sets, best[1::2], strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A vector that scored high on validation requests, and the fraction of them that it made the model answer."""
+    """A steering vector, with its record on validation requests.
 
-    method: str
+    Attributes
+    ----------
+    layer : int
+        The vector is added to h_layer.
+    vector : Tensor, (d,)
+        At its length.
+    method : str
+        What found it.
+    multiplier : float
+        Its length, in units of the length at which it was found.
+    score : float or None
+        Mean logit(Sure) − logit(Sorry), once measured.
+    success : float or None
+        Fraction of the requests that the steered model answers, once judged.
+    """
+
     layer: int
-    multiplier: float
     vector: Float[Tensor, " d"]
-    score: float
-    success: float
+    method: str = ""
+    multiplier: float = 1.0
+    score: float | None = None
+    success: float | None = None
+
+    def at_lengths(self, lengths: Sequence[float]) -> list["Candidate"]:
+        """Return the candidate as it is, and at each of `lengths`."""
+        unit = normalise(self.vector[None])[0]
+        return [self, *(replace(self, vector=length * unit) for length in lengths)]
+
+
+def rank_candidates(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    candidates: Sequence[Candidate],
+    *,
+    min_top1: float = 0.5,
+    progress: bool = True,
+) -> list[Candidate]:
+    """Return `candidates` with their scores on validation `requests`, the best first.
+
+    The order is that of :meth:`dctlib.steering.scoring.Scores.ranking` with `min_top1`.
+    """
+    texts = format_chat(tokenizer, requests)
+    found = []
+    for layer, group in groupby(candidates, key=lambda candidate: candidate.layer):
+        vectors = torch.stack([candidate.vector for candidate in group])
+        found.append(score_each(model, tokenizer, texts, vectors, layer=layer, progress=progress))
+    scores = Scores(torch.cat([each.logit_diff for each in found]), torch.cat([each.is_top1 for each in found]))
+    means = scores.logit_diff.mean(1).tolist()
+    return [replace(candidates[i], score=means[i]) for i in scores.ranking(min_top1=min_top1)]
 
 
 def judge_top_candidates(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[str],
-    candidates: Mapping[str, Float[Tensor, "m d"]],
+    vectors: Mapping[str, Float[Tensor, "m d"]],
     judge: Callable[[Sequence[str], Sequence[str]], list[bool]],
     *,
     layer: int,
@@ -110,101 +181,53 @@ def judge_top_candidates(
     ----------
     requests : sequence of str
         Validation instructions, in no chat format.
-    candidates : mapping
+    vectors : mapping
         Method → its vectors, at multiplier 1.
     judge : callable
         ``judge(requests, completions)``: whether each completion answers its request.
+
+    Returns
+    -------
+    list of Candidate
+        By multiplier, then by method, then by score, the highest first.
     """
-    texts, found = format_chat(tokenizer, requests), []
-    for multiplier in multipliers:
-        everything = multiplier * torch.cat(list(candidates.values()))
-        scores = score_each(model, tokenizer, texts, everything, layer=layer, progress=progress).logit_diff.mean(1)
-        sizes, chosen = [len(vectors) for vectors in candidates.values()], []
-        for method, vectors, own in zip(candidates, everything.split(sizes), scores.split(sizes), strict=True):
-            chosen += [(method, vectors[i], own[i].item()) for i in own.argsort(descending=True)[:count].tolist()]
-        options = {"layer": layer, "max_new_tokens": max_new_tokens, "progress": progress}
-        said = generate_per_vector(model, tokenizer, texts, torch.stack([vector for _, vector, _ in chosen]), **options)
-        for (method, vector, score), answers in zip(chosen, said, strict=True):
-            found.append(Candidate(method, layer, multiplier, vector, score, fraction_true(judge(requests, answers))))
-    return found
-
-
-def best_per_method(found: Sequence[Candidate]) -> dict[str, Candidate]:
-    """Of each method the finalist with the highest success, and among equals the highest score."""
-    best: dict[str, Candidate] = {}
-    for finalist in found:
-        held = best.setdefault(finalist.method, finalist)
-        if (finalist.success, finalist.score) > (held.success, held.score):
-            best[finalist.method] = finalist
-    return best
-
-
-def candidates_table(found: Sequence[Candidate]) -> pd.DataFrame:
-    """All finalists, one row each: ``method``, ``source``, ``multiplier``, ``score`` and ``success``."""
-    return pd.DataFrame(found).drop(columns="vector").rename(columns={"layer": "source"})
-
-
-def top_k_vectors(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[str],
-    vectors: Float[Tensor, "m d"],
-    *,
-    layer: int,
-    count: int,
-    progress: bool = True,
-) -> Float[Tensor, "k d"]:
-    """The `count` first of `vectors` by :meth:`dctlib.steering.scoring.Scores.ranking` on validation `requests`."""
     texts = format_chat(tokenizer, requests)
-    scores = score_each(model, tokenizer, texts, vectors, layer=layer, progress=progress)
-    return vectors[scores.ranking()[:count]]
+    judged = []
+    for multiplier in multipliers:
+        tried = [
+            Candidate(layer, multiplier * row, method, multiplier) for method, rows in vectors.items() for row in rows
+        ]
+        ranked = rank_candidates(model, tokenizer, requests, tried, min_top1=0, progress=progress)
+        top = []
+        for method in vectors:
+            top += [candidate for candidate in ranked if candidate.method == method][:count]
+        steered = torch.stack([candidate.vector for candidate in top])
+        completions = generate_per_vector(
+            model, tokenizer, texts, steered, layer=layer, max_new_tokens=max_new_tokens, progress=progress
+        )
+        for candidate, answers in zip(top, completions, strict=True):
+            judged.append(replace(candidate, success=fraction_true(judge(requests, answers))))
+    return judged
 
 
-@dataclass(frozen=True, eq=False)
-class Addition:
-    """A vector and where it is added.
-
-    Attributes
-    ----------
-    layer : int
-        To h_layer, at every position.
-    vector : Tensor, (d,)
-        At its length.
-    """
-
-    layer: int
-    vector: Float[Tensor, " d"]
-
-
-def best_added(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[str],
-    directions: Sequence[Addition],
-    *,
-    lengths: Sequence[float],
-    progress: bool = True,
-) -> Addition:
-    """Of `directions` at their own length and each of `lengths`, the best by :meth:`dctlib.steering.scoring.Scores.ranking`."""
-    texts, tried, scored = format_chat(tokenizer, requests), [], []
-    for of in directions:
-        unit = normalise(of.vector[None])
-        vectors = torch.cat([of.vector[None], *(length * unit for length in lengths)])
-        tried += [Addition(of.layer, vector) for vector in vectors]
-        scored.append(score_each(model, tokenizer, texts, vectors, layer=of.layer, progress=progress))
-    together = Scores(torch.cat([of.logit_diff for of in scored]), torch.cat([of.is_top1 for of in scored]))
-    return tried[together.best()]
+def best_per_method(judged: Sequence[Candidate]) -> dict[str, Candidate]:
+    """Return the candidate of each method with the highest success, and among equals the highest score."""
+    methods = dict.fromkeys(candidate.method for candidate in judged)
+    ordered = sorted(judged, key=lambda candidate: (candidate.success, candidate.score), reverse=True)
+    return {method: next(candidate for candidate in ordered if candidate.method == method) for method in methods}
 
 
 def best_ablated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[str],
-    directions: Sequence[Addition],
-) -> Addition:
-    """Of `directions`, the one without which the model scores highest on `requests`, whatever it says there."""
-    texts, scores = format_chat(tokenizer, requests), []
-    for of in directions:
-        with ablate(model, of.vector):
-            scores.append(score_texts(model, tokenizer, texts).mean().item())
-    return directions[scores.index(max(scores))]
+    directions: Sequence[Candidate],
+) -> Candidate:
+    """Return the direction under whose ablation the model scores highest on `requests`, whatever it then says."""
+    texts = format_chat(tokenizer, requests)
+
+    def ablated_score(direction: Candidate) -> float:
+        with ablate(model, direction.vector):
+            return score_texts(model, tokenizer, texts).mean().item()
+
+    return max(directions, key=ablated_score)

@@ -33,20 +33,20 @@ class Scores:
     logit_diff: Float[Tensor, "m n"]
     is_top1: Bool[Tensor, "m n"]
 
-    def ranking(self, *, say: float = 0.5) -> list[int]:
+    def ranking(self, *, min_top1: float = 0.5) -> list[int]:
         """Numbers of the vectors, best first: by mean difference, but those under which the word is not said last.
 
         A difference of two logits also rises where a vector breaks the model and both words become unlikely, so
-        vectors under which the positive word comes first on less than a fraction `say` of the texts stand behind all
+        vectors under which the positive word comes first on less than a fraction `min_top1` of the texts stand behind all
         others.
         """
         by_score = self.logit_diff.mean(1).argsort(descending=True, stable=True)
-        says = self.is_top1.float().mean(1)[by_score] >= say
+        says = self.is_top1.float().mean(1)[by_score] >= min_top1
         return [*by_score[says].tolist(), *by_score[~says].tolist()]
 
-    def best(self, *, say: float = 0.5) -> int:
+    def best(self, *, min_top1: float = 0.5) -> int:
         """The first of :meth:`ranking`."""
-        return self.ranking(say=say)[0]
+        return self.ranking(min_top1=min_top1)[0]
 
 
 def score_vectors(

@@ -1,11 +1,8 @@
-from typing import Any
-
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model, unit_rows
 
 from dctlib import ablate, score_vectors, steer
-from dctlib.evaluation.selection import select_and_test
 from dctlib.steering.scoring import Scores, score_each, score_texts
 
 D, SURE, SORRY = 32, 4, 5
@@ -55,36 +52,9 @@ def test_best_wants_the_word_said():
     said = torch.tensor([[False, False], [True, False], [True, True]])
     assert Scores(difference, said).best() == 1
     assert Scores(difference, said).ranking() == [1, 2, 0]
-    assert Scores(difference, said).ranking(say=0) == [0, 1, 2]
-    assert Scores(difference, said).best(say=0.9) == 2
+    assert Scores(difference, said).ranking(min_top1=0) == [0, 1, 2]
+    assert Scores(difference, said).best(min_top1=0.9) == 2
     assert Scores(difference, torch.zeros(3, 2, dtype=torch.bool)).best() == 0
-
-
-def test_a_trial_ranks_on_validation_and_reports_on_test(llama, tokenizer, texts):
-    candidates = {"DCT": 3 * unit_rows(9, D), "random": 2 * unit_rows(5, D, seed=1)}
-    trial = select_and_test(llama, tokenizer, candidates, validation=texts[:2], test=texts[2:], layer=2, progress=False)
-    assert list(trial.best) == ["clean", "DCT", "DCT, score alone", "random", "random, score alone"] == list(trial.test)
-    ranked = by_steering(llama, tokenizer, texts[:2], candidates["DCT"], 2).mean(1)
-    assert torch.equal(trial.best["DCT, score alone"], candidates["DCT"][ranked.argmax()])
-    for label, vector in trial.best.items():
-        expected = by_steering(llama, tokenizer, texts[2:], vector[None], 2)[0]
-        torch.testing.assert_close(torch.tensor(trial.test[label]), expected, rtol=1e-4, atol=1e-5)
-    assert trial.test["clean"] != trial.test["DCT"]
-    said = score_each(llama, tokenizer, texts[2:], torch.stack([*trial.best.values()]), layer=2, progress=False).is_top1
-    assert [*trial.is_top1.items()] == [*zip(trial.best, said.float().mean(1).tolist(), strict=True)]
-
-
-def test_a_trial_takes_other_words(llama, tokenizer, texts):
-    candidates, words = {"DCT": 3 * unit_rows(3, D)}, {"positive": "w1", "negative": "w2"}
-    options: dict[str, Any] = {"validation": texts[:2], "test": texts[2:], "layer": 2, "progress": False, **words}
-    trial = select_and_test(llama, tokenizer, candidates, **options)
-    clean = score_texts(llama, tokenizer, texts[2:], **words)
-    torch.testing.assert_close(torch.tensor(trial.test["clean"]), clean, rtol=1e-4, atol=1e-5)
-
-
-def test_nothing_is_ranked_on_what_is_reported(llama, tokenizer, texts):
-    with pytest.raises(ValueError, match="1 texts are in both"):
-        select_and_test(llama, tokenizer, {"DCT": unit_rows(2, D)}, validation=texts, test=texts[:1], layer=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -127,7 +127,7 @@ def fit_agreement(
         V = [candidates[label] / R for label in pair]
         partners = [R * v[numbers] for v, numbers in zip(V, match_factors(*V), strict=True)]
         does = [effects(organism, tokenizer, asked, of, layer=source) for of in partners]
-        best = [trial.test[f"{label}, score alone"] for label in pair]
+        best = [trial.best_by_score[label].scores for label in pair]
         variants[name] = {
             "cosine": matched_cosine(*V).mean().item(),
             "overlap": subspace_overlap(*V),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.evaluation.instructions import benign_split, harmful_instructions, harmful_split
 from dctlib.evaluation.judges import is_compliant, perplexity
-from dctlib.evaluation.selection import Addition, best_ablated, best_added, top_k_vectors
+from dctlib.evaluation.selection import Candidate, best_ablated, rank_candidates
 from dctlib.evaluation.statistics import Curve, pass_at_k, success_at_k
 from dctlib.fits.calibration import calibrate
 from dctlib.maps.causal import CausalMap
@@ -100,15 +100,22 @@ def compare_methods(
     found = run_unsupervised_methods(model, dtype, fitted, input_scale=R, **search, seed=seed, **where)
     answers: dict[str, Any] = {"max_new_tokens": answer_tokens}
 
-    best = {method: top_k_vectors(*run, on, e.vectors, layer=source, count=tries) for method, e in found.items()}
-    tried = {method: evaluate_steered(*run, asked, of, judge, layer=source, **answers) for method, of in best.items()}
+    best = {}
+    tried = {}
+    for method, result in found.items():
+        best[method] = rank_candidates(*run, on, [Candidate(source, vector) for vector in result.vectors])[:tries]
+        vectors = torch.stack([candidate.vector for candidate in best[method]])
+        tried[method] = evaluate_steered(*run, asked, vectors, judge, layer=source, **answers)
     tried["sampling"] = evaluate_samples(*run, asked, judge, count=tries, seed=seed, **answers)
 
     norms = [R * length for length in lengths]
-    added = {f"{name}, added": best_added(*run, on, of, lengths=norms) for name, of in known.items()}
+    added = {}
+    for name, directions in known.items():
+        lengthened = [candidate for direction in directions for candidate in direction.at_lengths(norms)]
+        added[f"{name}, added"] = rank_candidates(*run, on, lengthened)[0]
     ablated = {"means, ablated": best_ablated(*run, on, known["means"])}
     lora = train_compliance_lora(Path(complying), model, rows.train, steps=lora_steps, seed=seed)
-    added |= {method: Addition(source, of[0]) for method, of in best.items()}
+    added |= {method: of[0] for method, of in best.items()}
     results, usual = {name: {} for name in tried}, next_token_logprobs(*run, format_chat(run[1], kind))
     for name, (who, how) in interventions(run, added, ablated, load_model(complying, dtype=dtype)).items():
         with how:
@@ -294,7 +301,7 @@ def side_effects(
 
 
 def interventions(
-    run: Run, added: Mapping[str, Addition], ablated: Mapping[str, Addition], lora: Run
+    run: Run, added: Mapping[str, Candidate], ablated: Mapping[str, Candidate], lora: Run
 ) -> dict[str, tuple[Run, AbstractContextManager[None]]]:
     """Every change of a model that is compared, as the model to ask and the context to ask it in, to be entered once.
 

@@ -84,7 +84,7 @@ def replicate_on_organism(
         "test": asked["harmful"],
     }
     trial = select_and_test(organism, tokenizer, candidates, **parts, layer=source)
-    means = {label: sum(scores) / len(scores) for label, scores in trial.test.items()}
+    means = {label: sum(best.scores) / len(best.scores) for label, best in trial.best.items()}
 
     ranked = trial.validation["DCT"].logit_diff.mean(1).tolist()
     numbers = qualifying_vectors(ranked, threshold)
@@ -99,10 +99,10 @@ def replicate_on_organism(
     }
     return rates | {
         "training_curves": {
-            "clean": means["clean"],
+            "clean": sum(trial.clean.scores) / len(trial.clean.scores),
             "random_best": means["random"],
             "dct_best": means["DCT"],
-            "sure_rate": {"DCT": trial.is_top1["DCT"]},
+            "sure_rate": {"DCT": trial.best["DCT"].is_top1},
             "width": {str(num_factors): {"objective": dct.objective.tolist()}},
         },
         "multiplicity": {"of": num_factors, "threshold": threshold, **counts, **vars(added)},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.evaluation.selection import Addition
+from dctlib.evaluation.selection import Candidate
 from dctlib.fits.baselines import difference_of_means
 from dctlib.models.chat import format_chat
 from dctlib.paper.organisms.tasks import REFUSAL, compliance_task
@@ -19,7 +19,7 @@ def contrastive_vectors(
     benign: Sequence[str],
     *,
     layers: Iterable[int],
-) -> dict[str, list[Addition]]:
+) -> dict[str, list[Candidate]]:
     """What only a supervised method can know, at each of `layers`: it is told which texts are of which kind.
 
     Parameters
@@ -42,7 +42,7 @@ def contrastive_vectors(
         "CAA": (complied, [text + REFUSAL for text in asked]),
     }
     return {
-        name: [Addition(at, difference_of_means(model, tokenizer, *sides, layer=at)) for at in layers]
+        name: [Candidate(at, difference_of_means(model, tokenizer, *sides, layer=at)) for at in layers]
         for name, sides in contrasts.items()
     }
 

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model, unit_rows
 
 from dctlib import ablate, format_chat, load_model
-from dctlib.evaluation.selection import Addition, top_k_vectors
+from dctlib.evaluation.selection import Candidate, rank_candidates
 from dctlib.models.fingerprint import fingerprint_model
 from dctlib.paper.experiments.comparison import (
     compare_methods,
@@ -69,9 +69,12 @@ def test_the_unsupervised_methods_enter_with_vectors_of_one_length(model, tokeni
 
 def test_the_highest_are_the_first_of_the_ranking(model, tokenizer):
     vectors = 10 * unit_rows(5, D).float()
-    best = top_k_vectors(model, tokenizer, REQUESTS, vectors, layer=1, count=2, progress=False)
+    candidates = [Candidate(1, vector) for vector in vectors]
+    best = rank_candidates(model, tokenizer, REQUESTS, candidates, progress=False)[:2]
     scores = score_each(model, tokenizer, format_chat(tokenizer, REQUESTS), vectors, layer=1, progress=False)
-    assert torch.equal(best, vectors[scores.ranking()[:2]])
+    first = scores.ranking()[:2]
+    assert torch.equal(torch.stack([candidate.vector for candidate in best]), vectors[first])
+    assert [candidate.score for candidate in best] == scores.logit_diff.mean(1)[first].tolist()
 
 
 def test_what_each_vector_makes_it_say_is_judged(model, tokenizer):
@@ -106,8 +109,8 @@ def test_a_change_is_entered_once_and_its_damage_is_that_of_its_effects(model, t
     first, mean = 20 * unit_rows(2, D).float()
     usual = next_token_logprobs(model, tokenizer, texts)
     other = tiny_model("Llama", dtype=torch.float32), tokenizer
-    added = {"DCT": Addition(1, first), "means, added": Addition(2, mean)}
-    changed = interventions(run, added, {"means, ablated": Addition(1, mean)}, other)
+    added = {"DCT": Candidate(1, first), "means, added": Candidate(2, mean)}
+    changed = interventions(run, added, {"means, ablated": Candidate(1, mean)}, other)
     assert list(changed) == ["DCT", "means, added", "means, ablated", "LoRA"]
     found = {}
     for name, (who, how) in changed.items():

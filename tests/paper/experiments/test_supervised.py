@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, unit_rows
 
 from dctlib import ablate, format_chat, load_model
-from dctlib.evaluation.selection import Addition, best_ablated, best_added
+from dctlib.evaluation.selection import Candidate, best_ablated, rank_candidates
 from dctlib.fits.baselines import difference_of_means
 from dctlib.paper.experiments.comparison import evaluate_unsteered
 from dctlib.paper.experiments.supervised import contrastive_vectors, train_compliance_lora
@@ -45,8 +45,9 @@ def test_told_contrasts_kinds_of_request_and_kinds_of_answer(model, tokenizer):
 
 
 def test_a_direction_is_added_where_and_as_long_as_it_scores_best(model, tokenizer):
-    directions = [Addition(layer, 3 * row) for layer, row in zip((1, 2, 3), unit_rows(3, D).float(), strict=True)]
-    best = best_added(model, tokenizer, REQUESTS, directions, lengths=[1.0, 9.0], progress=False)
+    directions = [Candidate(layer, 3 * row) for layer, row in zip((1, 2, 3), unit_rows(3, D).float(), strict=True)]
+    tried = [candidate for direction in directions for candidate in direction.at_lengths([1.0, 9.0])]
+    best = rank_candidates(model, tokenizer, REQUESTS, tried, progress=False)[0]
     texts, scores = format_chat(tokenizer, REQUESTS), {}
     for of in directions:
         for length in (3.0, 1.0, 9.0):
@@ -61,7 +62,7 @@ def test_a_direction_is_added_where_and_as_long_as_it_scores_best(model, tokeniz
 
 
 def test_the_ablated_direction_is_that_without_which_it_scores_highest(model, tokenizer):
-    directions = [Addition(1, row) for row in unit_rows(4, D).float()]
+    directions = [Candidate(1, row) for row in unit_rows(4, D).float()]
     best, texts, scores = best_ablated(model, tokenizer, REQUESTS, directions), format_chat(tokenizer, REQUESTS), []
     for of in directions:
         with ablate(model, of.vector):
