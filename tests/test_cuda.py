@@ -20,8 +20,8 @@ from dctlib import (
     score_vectors,
     steer,
 )
+from dctlib.steering.effects import change_norm_by_layer, effects
 from dctlib.steering.generation import generate_completions
-from dctlib.steering.scoring import change_norm_by_layer, effects
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -19,8 +19,9 @@ from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.causal import CausalMap
 from dctlib.models.chat import format_chat
 from dctlib.runs.cache import cached_fit
+from dctlib.steering.effects import change_norm_by_layer, effects
 from dctlib.steering.generation import generate_completions, generate_per_vector
-from dctlib.steering.scoring import change_norm_by_layer, effects, score_vectors
+from dctlib.steering.scoring import score_vectors
 
 Method = Literal["exponential", "quadratic", "linear"]
 
@@ -186,7 +187,7 @@ class Discovery:
     reading : Reading
         What those make the model say, at every strength.
     growth : Tensor, (m, blocks + 1)
-        Of all vectors in the order of `ranked`, see :func:`dctlib.steering.scoring.change_norm_by_layer`.
+        Of all vectors in the order of `ranked`, see :func:`dctlib.steering.effects.change_norm_by_layer`.
     """
 
     dct: Transcoder

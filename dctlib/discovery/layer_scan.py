@@ -11,8 +11,8 @@ from dctlib.fits.solvers import fit_exponential
 from dctlib.maps.causal import CausalMap
 from dctlib.models.blocks import get_blocks
 from dctlib.models.chat import format_chat
+from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
-from dctlib.steering.scoring import effects
 
 _SHARES = (1 / 6, 1 / 3, 1 / 2)
 

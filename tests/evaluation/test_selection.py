@@ -36,8 +36,8 @@ def test_the_two_rules_differ_where_the_highest_score_comes_without_the_word(lla
     found = select_and_test(llama, tokenizer, candidates, validation=texts[:2], test=texts[2:], layer=3, progress=False)
     scores = found.validation["DCT"]
     assert scores.best() != scores.best(min_top1=0)
-    assert torch.equal(found.best["DCT"].vector, candidates["DCT"][scores.best()].float())
-    assert torch.equal(found.best_by_score["DCT"].vector, candidates["DCT"][scores.best(min_top1=0)].float())
+    assert torch.equal(found.best["DCT"].vector, candidates["DCT"][scores.best()])
+    assert torch.equal(found.best_by_score["DCT"].vector, candidates["DCT"][scores.best(min_top1=0)])
 
 
 def test_a_selection_takes_other_words(llama, tokenizer, texts):

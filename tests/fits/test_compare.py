@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from tiny import unit_rows
 
 from dctlib import fit_exponential
-from dctlib.fits.compare import match_factors, matched_cosine, subspace_overlap
+from dctlib.fits.compare import cosine_clusters, match_factors, matched_cosine, subspace_overlap
 from dctlib.maps.orthogonalise import normalise, orthonormal_rows
 from dctlib.maps.synthetic import synthetic_map
 from dctlib.paper.experiments.agreement import same_change
-from dctlib.steering.scoring import Effects
+from dctlib.steering.effects import Effects
 
 
 def test_a_permutation_is_undone_and_signs_count_only_where_they_mean_something():
@@ -101,3 +101,12 @@ def test_fits_of_other_widths_are_refused(compare):
 def test_zeros_span_nothing():
     with pytest.raises(ValueError, match="only rows of zeros"):
         subspace_overlap(torch.zeros(2, 5), unit_rows(2, 5))
+
+
+def test_copies_share_a_cluster_and_opposites_do_not():
+    base = torch.eye(8)[:3]
+    vectors = torch.cat([base, base + 0.05 * unit_rows(3, 8).float(), -base[:1]])
+    assert cosine_clusters(vectors) == [0, 1, 2, 0, 1, 2, 3]
+    assert cosine_clusters(base[:1]) == [0]
+    with pytest.raises(ValueError, match="cosine=1"):
+        cosine_clusters(vectors, cosine=1.0)

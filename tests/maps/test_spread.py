@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from dctlib import CausalMap, fit_exponential, load_model, score_vectors, steer
 from dctlib.models.fingerprint import model_digest
+from dctlib.steering.effects import change_norm_by_layer, effects
 from dctlib.steering.generation import generate_completions
 from dctlib.steering.hooks import ablated_copy
-from dctlib.steering.scoring import change_norm_by_layer, effects
 
 AT: dict[str, Any] = {"source": 1, "target": 3}
 

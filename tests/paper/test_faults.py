@@ -21,8 +21,9 @@ from dctlib import (
 from dctlib.evaluation.instructions import read_instructions
 from dctlib.maps.synthetic import synthetic_map
 from dctlib.runs.cache import cached_fit
+from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
-from dctlib.steering.scoring import effects, score_texts
+from dctlib.steering.scoring import score_texts
 
 D = 32
 

@@ -3,9 +3,8 @@ import torch
 from tiny import BLOCKS, FAMILIES, hooked_residual, tiny_model, unit_rows
 
 from dctlib import steer
-from dctlib.fits.compare import cosine_clusters
 from dctlib.models.blocks import get_blocks
-from dctlib.steering.scoring import change_norm_by_layer, effects
+from dctlib.steering.effects import change_norm_by_layer, effects
 
 D = 32
 
@@ -35,34 +34,29 @@ def test_nothing_added_changes_nothing(llama, tokenizer, texts):
 
 def test_batches_agree(llama, tokenizer, texts, monkeypatch):
     whole = effects(llama, tokenizer, texts, unit_rows(7, D), layer=2, progress=False)
-    monkeypatch.setattr("dctlib.steering.scoring._TOKENS", 20)
+    monkeypatch.setattr("dctlib.steering.last_token._TOKENS", 20)
     parts = effects(llama, tokenizer, texts, unit_rows(7, D), layer=2, progress=False)
     torch.testing.assert_close(parts.divergence, whole.divergence)
 
 
 @pytest.mark.parametrize("measure", [effects, change_norm_by_layer])
 @pytest.mark.parametrize(
-    "bad",
-    [{"texts": []}, {"texts": "w0"}, *({"vectors": torch.zeros(shape)} for shape in [(D,), (0, D), (1, D + 1)])],
+    ("bad", "message"),
+    [
+        ({"texts": []}, "expected at least one prompt in a list"),
+        ({"texts": "w0"}, "expected at least one prompt in a list"),
+        *(({"vectors": torch.zeros(shape)}, r"expected \(m, 32\)") for shape in [(D,), (0, D), (1, D + 1)]),
+    ],
 )
-def test_bad_input_is_named(llama, tokenizer, texts, measure, bad):
+def test_bad_input_is_named(llama, tokenizer, texts, measure, bad, message):
     options = {"texts": texts, "vectors": torch.zeros(1, D)} | bad
-    with pytest.raises(ValueError, match="expected texts in a list"):
+    with pytest.raises(ValueError, match=message):
         measure(llama, tokenizer, options["texts"], options["vectors"], layer=0)
 
 
-def test_copies_share_a_cluster_and_opposites_do_not():
-    base = torch.eye(8)[:3]
-    vectors = torch.cat([base, base + 0.05 * unit_rows(3, 8).float(), -base[:1]])
-    assert cosine_clusters(vectors) == [0, 1, 2, 0, 1, 2, 3]
-    assert cosine_clusters(base[:1]) == [0]
-    with pytest.raises(ValueError, match="cosine=1"):
-        cosine_clusters(vectors, cosine=1.0)
-
-
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
-def test_growth_is_the_change_at_every_layer(family, tokenizer, texts, monkeypatch):
-    monkeypatch.setattr("dctlib.steering.scoring._TOKENS", 20)
+def test_the_change_norm_is_that_of_the_hooked_model_at_every_layer(family, tokenizer, texts, monkeypatch):
+    monkeypatch.setattr("dctlib.steering.last_token._TOKENS", 20)
     model, vectors = tiny_model(family), 5 * unit_rows(3, D)
     found = change_norm_by_layer(model, tokenizer, texts, vectors, layer=1)
     assert found.shape == (3, BLOCKS + 1)

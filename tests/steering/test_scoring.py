@@ -73,7 +73,7 @@ def test_score_texts_equals_one_at_a_time_also_while_ablated(family, tokenizer, 
 def test_batches_agree(llama, tokenizer, texts, monkeypatch):
     vectors = unit_rows(7, D)
     whole = score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False)
-    monkeypatch.setattr("dctlib.steering.scoring._TOKENS", 20)
+    monkeypatch.setattr("dctlib.steering.last_token._TOKENS", 20)
     torch.testing.assert_close(score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False), whole)
 
 

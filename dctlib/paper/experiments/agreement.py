@@ -19,7 +19,7 @@ from dctlib.maps.causal import CausalMap
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import load_fingerprinted
 from dctlib.runs.cache import cached_fit, task
-from dctlib.steering.scoring import Effects, effects
+from dctlib.steering.effects import Effects, effects
 
 
 def same_change(one: Effects, two: Effects) -> float | None:

@@ -24,8 +24,8 @@ from dctlib.paper.organisms.arithmetic import grade_answers
 from dctlib.paper.organisms.secrets import Secret
 from dctlib.paper.organisms.training import check_organism
 from dctlib.runs.cache import task
+from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions, sample_completions
-from dctlib.steering.scoring import effects
 
 _RANKINGS = ("fluent", "divergence")
 

@@ -20,7 +20,7 @@ from dctlib.fits.compare import (
 from dctlib.models.fingerprint import fingerprint_model
 from dctlib.paper.experiments.agreement import fit_agreement, same_change
 from dctlib.paper.organisms.training import save_organism
-from dctlib.steering.scoring import effects
+from dctlib.steering.effects import effects
 
 WORDS = [f"w{i}" for i in range(9)]
 FIT: dict[str, Any] = {"num_factors": 4, "iterations": 2}

@@ -10,8 +10,8 @@ from dctlib.paper.experiments.audit import AuditResult, audit_model, audit_vecto
 from dctlib.paper.organisms.secrets import planted_secret
 from dctlib.paper.organisms.training import save_organism
 from dctlib.runs.sweep import run_sweep
+from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions, generate_per_vector
-from dctlib.steering.scoring import effects
 
 INSTRUCTIONS, HELD_OUT = ["w0 w1", "w2 w3 w4"], ["w5", "w6 w7", "w8 w9 w10"]
 CONFIG: dict[str, Any] = {

@@ -24,8 +24,9 @@ from dctlib.paper.experiments.comparison import (
 )
 from dctlib.paper.experiments.supervised import contrastive_vectors
 from dctlib.paper.organisms.training import save_organism
+from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
-from dctlib.steering.scoring import effects, score_each, score_texts
+from dctlib.steering.scoring import score_each, score_texts
 
 REQUESTS = ["w0 w1 w2", "w3", "w4 w5"]
 D = 32

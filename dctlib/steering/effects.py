@@ -1,0 +1,93 @@
+"""What many steering vectors change: the next token's distribution, and the residual layer by layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.models.blocks import compute_logits
+from dctlib.steering.last_token import replay_last_token
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The effects of m steering vectors on the next token after each of n texts.
+
+    Attributes
+    ----------
+    divergence : Tensor, (m, n)
+        KL(steered ‖ clean) of its distribution, in nats.
+    token : Tensor, (m, n)
+        Id of the most likely one.
+    clean : Tensor, (n,)
+        Id of the most likely one without steering.
+    """
+
+    divergence: Float[Tensor, "m n"]
+    token: Int[Tensor, "m n"]
+    clean: Int[Tensor, " n"]
+
+
+def effects(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    *,
+    layer: int,
+    progress: bool = True,
+) -> Effects:
+    """Compare the next token's distribution after each text with and without each vector, added at `layer`.
+
+    Raises
+    ------
+    ValueError
+        If there is no text or vector, they have another width, or the layer is out of range.
+    """
+    vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
+
+    def compare(steered: list[Tensor], clean: list[Tensor]) -> Tensor:
+        log_p = compute_logits(model, steered[-1], vocabulary).log_softmax(-1)
+        clean_log_p = compute_logits(model, clean[-1], vocabulary).log_softmax(-1)
+        divergence = torch.sum(log_p.exp() * (log_p - clean_log_p), -1)
+        tokens = [log_p.argmax(-1), clean_log_p.argmax(-1).expand(len(log_p), -1)]
+        return torch.stack([divergence, *(each.to(divergence) for each in tokens)], -1)  # ids below 2²⁴ are exact
+
+    description = f"effects of {len(vectors)} vectors"
+    found = replay_last_token(
+        model, tokenizer, texts, vectors, compare, layer=layer, description=description, progress=progress
+    )
+    return Effects(found[..., 0], found[..., 1].long(), found[0, :, 2].long())
+
+
+def change_norm_by_layer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    *,
+    layer: int,
+) -> Float[Tensor, "m depths"]:
+    """Return the norm of each vector's change of the last token's residual, layer by layer, mean over texts.
+
+    Returns
+    -------
+    Tensor, (m, blocks + 1)
+        At h_0 … h_blocks: zero below `layer`, where the vector is added, and its own norm there.
+
+    Raises
+    ------
+    ValueError
+        As :func:`effects`.
+    """
+
+    def norms(steered: list[Tensor], clean: list[Tensor]) -> Tensor:
+        pairs = zip(steered, clean, strict=True)
+        return torch.stack([(after.float() - before.float()).norm(dim=-1).cpu() for after, before in pairs], -1)
+
+    behind = replay_last_token(model, tokenizer, texts, vectors, norms, layer=layer, progress=False).mean(1)
+    below = torch.zeros(len(vectors), layer)
+    return torch.cat([below, vectors.float().norm(dim=1, keepdim=True).cpu(), behind], 1)

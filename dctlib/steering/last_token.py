@@ -1,0 +1,93 @@
+"""Residuals of the last token under many steering vectors, with each prompt's unsteered prefix captured once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.maps.replay import capture, replay
+from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width
+from dctlib.models.chat import tokenize_each
+from dctlib.models.packing import pack_prompts
+
+_TOKENS = 2560  # of a batch of vectors
+
+Read = Callable[[list[Tensor], list[Tensor]], Tensor]
+
+
+def replay_last_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    read: Read,
+    *,
+    layer: int,
+    description: str = "",
+    progress: bool = True,
+) -> Float[Tensor, "m n ..."]:
+    """Return what `read` computes from the last token's residuals, for every vector and text.
+
+    Each tree of prompts is captured once. Blocks `layer` … end are then replayed on batches of vectors.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Whole prompts; n of them.
+    vectors : Tensor, (m, d)
+        Each is added to h_layer at every position.
+    read : callable
+        ``read(steered, clean)``: residuals behind every block from `layer` on, as lists of (k, prompts, d) and
+        (1, prompts, d), to (k, prompts, …).
+
+    Returns
+    -------
+    Tensor, (m, n, …)
+        On the CPU.
+
+    Raises
+    ------
+    ValueError
+        If there is no text or vector, a vector has another width, or the layer is out of range.
+    """
+    check_layer(model, layer)
+    d = residual_width(model)
+    if vectors.ndim != 2 or vectors.shape[1] != d or not len(vectors):
+        raise ValueError(f"got vectors of shape {tuple(vectors.shape)}, expected (m, {d}) with m of at least 1")
+    trees = pack_prompts(model, tokenize_each(tokenizer, texts))
+    vectors = vectors.to(model.device)
+    blocks = list(get_blocks(model))[layer:]
+    columns = []
+    bar = tqdm(total=len(texts), desc=description, disable=not progress)
+    with torch.no_grad(), eager_attention(model), bar:
+        for tree in trees:
+            last = torch.stack([path[-1] for path in tree.paths])
+            with _last_residuals(blocks, last) as clean:
+                prompts = capture(model, tree, source=layer, target=layer + len(blocks))
+            rows = []
+            for batch in vectors.split(max(1, _TOKENS // tree.tokens.shape[1])):
+                with _last_residuals(blocks, last) as steered:
+                    replay(blocks, prompts, batch)
+                rows.append(read(steered, clean))
+            columns.append(torch.cat(rows))
+            bar.update(len(tree.paths))
+    return torch.cat(columns, dim=1).cpu()
+
+
+@contextmanager
+def _last_residuals(blocks: Sequence[nn.Module], last: Tensor) -> Iterator[list[Tensor]]:
+    """Record the residual at tokens `last` behind every block that runs, (batch, prompts, d) each."""
+    residuals: list[Tensor] = []
+
+    def record(_block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        residuals.append(hidden[:, last])
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(record))
+        yield residuals
