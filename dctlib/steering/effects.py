@@ -56,10 +56,7 @@ def effects(
         tokens = [log_p.argmax(-1), clean_log_p.argmax(-1).expand(len(log_p), -1)]
         return torch.stack([divergence, *(each.to(divergence) for each in tokens)], -1)  # ids below 2²⁴ are exact
 
-    description = f"effects of {len(vectors)} vectors"
-    found = replay_last_token(
-        model, tokenizer, texts, vectors, compare, layer=layer, description=description, progress=progress
-    )
+    found = replay_last_token(model, tokenizer, texts, vectors, compare, layer=layer, progress=progress)
     return Effects(found[..., 0], found[..., 1].long(), found[0, :, 2].long())
 
 

@@ -1,15 +1,15 @@
 """Completions of many prompts: greedy, steered, or sampled at a temperature."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.models.chat import pad_id, tokenize_each
 from dctlib.steering.hooks import steer
@@ -28,16 +28,18 @@ def generate_completions(
     description: str = "completing",
     progress: bool = True,
 ) -> list[str]:
-    """Continue each text greedily, steered by `vector` at `layer` if one is given.
+    """Generate a greedy completion of each text, steered by `vector` at `layer` if one is given.
+
+    Greedy means one beam, no sampling and no repetition penalty, whatever the model's generation_config.json says.
 
     Parameters
     ----------
     vector : Tensor, (d,) or (n, d), optional
         One for all texts, or one for each.
     batch_size : int
-        Texts of a batch are padded on the left and masked, so a completion does not depend on its neighbours.
+        Texts of a batch are padded on the left and masked, so a completion does not depend on the other texts.
     processor : LogitsProcessor, optional
-        What changes the logits before the largest is taken.
+        Changes the logits before the largest is taken.
 
     Returns
     -------
@@ -55,44 +57,39 @@ def generate_completions(
             f"and one vector for all texts or one for each"
         )
     tokenized = [row[0] for row in tokenize_each(tokenizer, texts)]
-    pad, generate = pad_id(tokenizer), cast(Any, model.generate)
-    options: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
-    options["repetition_penalty"] = 1.0  # many models ship another, which greedy decoding would heed
-    if processor:
-        options["logits_processor"] = [processor]
+    pad = pad_id(tokenizer)
+    generate: Any = model.generate
+    head: Any = model.get_output_embeddings()
     completions = []
     with tqdm(total=len(texts), desc=description, disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             rows = slice(first, first + batch_size)
             prompts = tokenized[rows]
             tokens = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
-            real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
-            inputs = {"input_ids": tokens.to(model.device), "attention_mask": real.to(model.device)}
+            mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
             if vector is None or layer is None:
                 steered = nullcontext()
             else:
                 steered = steer(model, layer=layer, vector=vector if vector.ndim == 1 else vector[rows])
-            with steered, _contiguous_head(model):
-                output = generate(**inputs, **options)
-            answers = output[:, tokens.shape[1] :]
-            completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
-            bar.update(len(answers))
+            with steered, head.register_forward_pre_hook(_make_contiguous):
+                output = generate(
+                    input_ids=tokens.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=pad,
+                    do_sample=False,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    logits_processor=LogitsProcessorList([processor] if processor else []),
+                )
+            completions += tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+            bar.update(len(prompts))
     return completions
 
 
-@contextmanager
-def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """Copy the last position's residuals before the output head reads them.
-
-    They come as a view with strides, for which torch's matmul on a CPU copies the head's weights once for every row:
-    gigabytes, and half the time of a short completion.
-    """
-    head: Any = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _make_contiguous(_head: torch.nn.Module, args: tuple) -> tuple:
+    # torch's matmul on a CPU copies the head's weights once for every strided row: half the time of a completion.
+    return (args[0].contiguous(), *args[1:])
 
 
 def generate_per_vector(
@@ -105,20 +102,25 @@ def generate_per_vector(
     max_new_tokens: int,
     progress: bool = True,
 ) -> list[list[str]]:
-    """Continue every text under each vector: k lists of completions, each in the order of `texts`."""
-    n, repeated = len(texts), [*texts] * len(vectors)
-    steering: Any = {"layer": layer, "vector": vectors.repeat_interleave(n, 0)}
-    said = generate_completions(
-        model, tokenizer, repeated, max_new_tokens=max_new_tokens, progress=progress, **steering
+    """Return greedy completions of every text under each vector: k lists, each in the order of `texts`."""
+    completions = generate_completions(
+        model,
+        tokenizer,
+        [*texts] * len(vectors),
+        max_new_tokens=max_new_tokens,
+        layer=layer,
+        vector=vectors.repeat_interleave(len(texts), 0),
+        progress=progress,
     )
-    return [said[first : first + n] for first in range(0, len(said), n)]
+    return _in_lists(completions, len(texts))
 
 
-class _Gumbel(LogitsProcessor):
-    """The largest of logits / T plus Gumbel noise is a sample of softmax(logits / T), so greedy decoding samples."""
+class _GumbelNoise(LogitsProcessor):
+    """Logits over T plus Gumbel noise, whose largest is a sample of softmax(logits / T)."""
 
     def __init__(self, temperature: float, seed: int):
-        self._temperature, self._generator = temperature, torch.Generator().manual_seed(seed)
+        self._temperature = temperature
+        self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Int[Tensor, "batch t"], scores: Float[Tensor, "batch v"]) -> Float[Tensor, "batch v"]:
         exponential = torch.empty(scores.shape).exponential_(generator=self._generator).to(scores.device)
@@ -136,7 +138,7 @@ def sample_completions(
     seed: int = 0,
     progress: bool = True,
 ) -> list[list[str]]:
-    """Draw `count` completions of every text: a list of `count` lists, each in the order of `texts`.
+    """Return `count` sampled completions of every text: `count` lists, each in the order of `texts`.
 
     Parameters
     ----------
@@ -154,6 +156,17 @@ def sample_completions(
         raise ValueError(
             f"got {len(texts)} texts, count={count}, temperature={temperature}, expected a list and both above 0"
         )
-    options: Any = {"processor": _Gumbel(temperature, seed), "description": "sampling", "progress": progress}
-    drawn = generate_completions(model, tokenizer, [*texts] * count, max_new_tokens=max_new_tokens, **options)
-    return [drawn[first : first + len(texts)] for first in range(0, len(drawn), len(texts))]
+    completions = generate_completions(
+        model,
+        tokenizer,
+        [*texts] * count,
+        max_new_tokens=max_new_tokens,
+        processor=_GumbelNoise(temperature, seed),
+        description="sampling",
+        progress=progress,
+    )
+    return _in_lists(completions, len(texts))
+
+
+def _in_lists(completions: list[str], n: int) -> list[list[str]]:
+    return [completions[first : first + n] for first in range(0, len(completions), n)]

@@ -1,8 +1,8 @@
-"""Steering and ablation: changing the residual stream of a running model, and leaving no trace."""
+"""Steering and ablation: forward hooks that change the residual stream, and are removed at the end of a context."""
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from dctlib.models.blocks import check_layer, get_blocks, residual_width, residu
 
 @contextmanager
 def steer(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, "*batch d"]) -> Iterator[None]:
-    """Add `vector` to h_layer, the input of block `layer`, at every position, while the block of code runs.
+    """Add `vector` to h_layer, the input of block `layer`, at every position, inside the context.
 
-    It holds for the prompt and for every token generated after it, with and without a cache, and is gone afterwards,
-    also after an exception. Contexts nest: their vectors add.
+    Prompt and generated tokens are steered alike, with and without a cache. The hook is removed at the end, also after
+    an exception. Contexts nest: their vectors add.
 
     Parameters
     ----------
@@ -43,27 +43,28 @@ def steer(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, "*batch d
     if not vector.isfinite().all():
         raise ValueError("the steering vector is not finite")
 
-    def add(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (add_vector(args[0], vector), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": add_vector(kwargs["hidden_states"], vector)}
+    def add(hidden: Tensor) -> Tensor:
+        if vector.ndim == 2 and len(vector) not in (1, len(hidden)):
+            raise ValueError(f"got {len(vector)} vectors for a batch of {len(hidden)} rows, expected one vector a row")
+        added = vector.to(hidden.device, hidden.dtype)
+        return hidden + (added if added.ndim == 1 else added[:, None])
 
-    handles = []
-    try:
-        handles.append(get_blocks(model)[layer].register_forward_pre_hook(add, with_kwargs=True))
+    def before_block(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (add(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"])}
+
+    with get_blocks(model)[layer].register_forward_pre_hook(before_block, with_kwargs=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def ablate(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> Iterator[None]:
-    """Remove the span of `directions` from everything that writes to the residual stream, while the block runs.
+    """Remove the span of `directions` from everything that writes to the residual stream, inside the context.
 
     The outputs of the embedding and of every attention and MLP layer are projected on the orthogonal complement, at
-    every position, so the residual never has a component in the span, unless :func:`steer` adds one. No weight is
-    edited, and it is gone afterwards, also after an exception. Contexts nest.
+    every position. So the residual has no component in the span, unless :func:`steer` adds one. No weight is edited,
+    and the hooks are removed at the end, also after an exception. Contexts nest.
 
     Parameters
     ----------
@@ -84,21 +85,17 @@ def ablate(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> Iterato
             return (_without(output[0], basis), *output[1:])
         return _without(output, basis)
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for module in residual_writers(model).modules:
-            handles.append(module.register_forward_hook(project))  # noqa: PERF401
+            hooks.enter_context(module.register_forward_hook(project))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> PreTrainedModel:
-    """A copy of `model` that can write nothing into the span of `directions`, by an edit of its weights, to export.
+    """Return a copy of `model` whose edited weights write nothing into the span of `directions`, for export.
 
-    It computes what the model does under :func:`ablate`. Tied embeddings are untied: what the model reads tokens into
-    is projected, what it reads them out with is not.
+    It computes what the model does under :func:`ablate`. Tied embeddings are untied, because the input embedding is
+    projected and the unembedding is not.
 
     Raises
     ------
@@ -131,7 +128,7 @@ def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> P
 
 
 def _span(model: PreTrainedModel, directions: Tensor) -> Tensor:
-    """Orthonormal rows with the span of `directions`, (k, d), in float32 or wider."""
+    """Return orthonormal rows that span `directions`, (k, d), in float32 or wider."""
     d = residual_width(model)
     if directions.ndim not in (1, 2) or directions.shape[-1] != d or not directions.numel():
         raise ValueError(f"got directions of shape {tuple(directions.shape)}, expected ({d},) or (k, {d})")
@@ -147,13 +144,3 @@ def _without(hidden: Float[Tensor, "*rows d"], basis: Float[Tensor, "k d"]) -> F
     basis = basis.to(hidden.device)
     wide = hidden.to(basis.dtype)
     return (wide - (wide @ basis.T) @ basis).to(hidden.dtype)
-
-
-def add_vector(
-    hidden: Float[Tensor, "batch tokens d"], vector: Float[Tensor, "*batch d"]
-) -> Float[Tensor, "batch tokens d"]:
-    """`hidden` with `vector`, or row i of `vector` in row i, added at every position."""
-    vector = vector.to(hidden.device, hidden.dtype)
-    if vector.ndim == 2 and len(vector) not in (1, len(hidden)):
-        raise ValueError(f"got {len(vector)} vectors for a batch of {len(hidden)} rows, expected one vector a row")
-    return hidden + (vector if vector.ndim == 1 else vector[:, None])

@@ -27,7 +27,6 @@ def replay_last_token(
     read: Read,
     *,
     layer: int,
-    description: str = "",
     progress: bool = True,
 ) -> Float[Tensor, "m n ..."]:
     """Return what `read` computes from the last token's residuals, for every vector and text.
@@ -62,7 +61,7 @@ def replay_last_token(
     vectors = vectors.to(model.device)
     blocks = list(get_blocks(model))[layer:]
     columns = []
-    bar = tqdm(total=len(texts), desc=description, disable=not progress)
+    bar = tqdm(total=len(texts), desc=f"replaying {len(vectors)} vectors", disable=not progress)
     with torch.no_grad(), eager_attention(model), bar:
         for tree in trees:
             last = torch.stack([path[-1] for path in tree.paths])

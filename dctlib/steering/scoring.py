@@ -88,10 +88,8 @@ def score_vectors(
         logits = compute_logits(model, steered[-1], words)
         return logits[..., 0] - logits[..., 1]
 
-    description = f"scoring {len(vectors)} vectors"
-    return replay_last_token(
-        model, tokenizer, texts, vectors, logit_diff, layer=layer, description=description, progress=progress
-    ).mean(1)
+    scores = replay_last_token(model, tokenizer, texts, vectors, logit_diff, layer=layer, progress=progress)
+    return scores.mean(1)
 
 
 def score_each(
@@ -118,10 +116,7 @@ def score_each(
         logit_diff = logits[..., yes] - logits[..., no]
         return torch.stack([logit_diff, (logits.argmax(-1) == yes).to(logit_diff)], dim=-1)
 
-    description = f"scoring {len(vectors)} vectors"
-    found = replay_last_token(
-        model, tokenizer, texts, vectors, both, layer=layer, description=description, progress=progress
-    )
+    found = replay_last_token(model, tokenizer, texts, vectors, both, layer=layer, progress=progress)
     return Scores(logit_diff=found[..., 0], is_top1=found[..., 1].bool())
 
 
