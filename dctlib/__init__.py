@@ -3,31 +3,20 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from dctlib.fits.calibration import calibrate
-    from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
-    from dctlib.fits.transcoder import Transcoder
-    from dctlib.maps.causal import CausalMap
-    from dctlib.maps.function import FunctionMap
-    from dctlib.models.chat import format_chat
-    from dctlib.models.loading import load_model
-    from dctlib.steering.hooks import ablate, steer
-    from dctlib.steering.scoring import score_vectors
-
-__all__ = [
-    "CausalMap",
-    "FunctionMap",
-    "Transcoder",
-    "ablate",
-    "calibrate",
-    "fit_exponential",
-    "fit_linear",
-    "fit_quadratic",
-    "format_chat",
-    "load_model",
-    "score_vectors",
-    "steer",
-]
+if TYPE_CHECKING:  # for editors and type checkers
+    from dctlib.fits.calibration import calibrate as calibrate
+    from dctlib.fits.power_steering import power_steering as power_steering
+    from dctlib.fits.solvers import fit_exponential as fit_exponential
+    from dctlib.fits.solvers import fit_linear as fit_linear
+    from dctlib.fits.solvers import fit_quadratic as fit_quadratic
+    from dctlib.fits.transcoder import Transcoder as Transcoder
+    from dctlib.maps.causal import CausalMap as CausalMap
+    from dctlib.maps.function import FunctionMap as FunctionMap
+    from dctlib.models.chat import format_chat as format_chat
+    from dctlib.models.loading import load_model as load_model
+    from dctlib.steering.hooks import ablate as ablate
+    from dctlib.steering.hooks import steer as steer
+    from dctlib.steering.scoring import score_vectors as score_vectors
 
 _DEFINED_IN = {
     "CausalMap": "maps.causal",
@@ -40,17 +29,20 @@ _DEFINED_IN = {
     "fit_quadratic": "fits.solvers",
     "format_chat": "models.chat",
     "load_model": "models.loading",
+    "power_steering": "fits.power_steering",
     "score_vectors": "steering.scoring",
     "steer": "steering.hooks",
 }
 
+__all__ = [*_DEFINED_IN]  # pyright: ignore[reportUnsupportedDunderAll]
+
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: the command line does without torch, which takes seconds."""
+    """Import a public name when it is first used, because torch takes seconds and the command line does without."""
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'dctlib' has no attribute {name!r}")
-    globals()[name] = found = getattr(import_module(f"dctlib.{_DEFINED_IN[name]}"), name)
-    return found
+    globals()[name] = value = getattr(import_module(f"dctlib.{_DEFINED_IN[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

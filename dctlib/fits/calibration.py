@@ -1,6 +1,7 @@
 """The input scale R: how long a steering vector must be before the map stops being linear."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,18 +15,18 @@ _DOUBLINGS = 40
 
 
 def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directions: int = 30, seed: int = 0) -> float:
-    """Find R at which the non-linear part of Δ(Rθ) is `nonlinearity` times its linear part.
+    """Return R at which the non-linear part of Δ(Rθ) is `nonlinearity` times its linear part.
 
-    Over random unit directions v, R solves sqrt(mean‖Δ(Rv) − R·T1 v‖² / mean‖R·T1 v‖²) = λ (the post's
-    "Calibration Procedure for Choosing R"). The search doubles or halves R from a tenth of the residual's typical
-    norm until it brackets the first crossing, then hands it to a root finder.
+    Over random unit directions v, R solves sqrt(mean‖Δ(Rv) − R·T1 v‖² / mean‖R·T1 v‖²) = λ, the post's
+    "Calibration Procedure for Choosing R". The search doubles or halves R from a tenth of the residual's typical
+    norm until it brackets the first crossing. A root finder then closes in on it.
 
     Parameters
     ----------
     cmap : DifferentiableMap
         The map Δ.
     nonlinearity : float
-        λ. A smaller value keeps R, and so the steering vectors, closer to where the map is linear.
+        λ, .5 in the post. A smaller value keeps R, and so the steering vectors, closer to where the map is linear.
     num_directions : int
         Directions averaged over; 30 in the post.
     seed : int
@@ -34,7 +35,7 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
     Returns
     -------
     float
-        R, in the units of the residual stream.
+        R, in the units of the residual stream: the length of a steering vector.
 
     Raises
     ------
@@ -59,19 +60,47 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
         ratio = (cmap(scale * directions) / scale - linear).norm() / linear.norm()
         return ratio.item() - nonlinearity if torch.isfinite(ratio) else math.inf
 
+    low, high = _bracket(excess, cmap, nonlinearity)
+    low, high = _finite_bracket(excess, low, high, nonlinearity)
+    root: Any = toms748(excess, low, high, xtol=1e-4)
+    return math.exp(root)
+
+
+def check_input_scale(input_scale: float) -> float:
+    """Return R, or raise ValueError if it is not a positive number."""
+    if not 0 < input_scale < float("inf"):
+        raise ValueError(f"got input_scale={input_scale}, expected a positive number; calibrate(cmap) finds one")
+    return float(input_scale)
+
+
+def _bracket(excess: Callable[[float], float], cmap: DifferentiableMap, nonlinearity: float) -> tuple[float, float]:
+    """Logarithms of scales a factor 2 apart, below and above the first crossing."""
     low = high = math.log(cmap.scale / 10)
     start = excess(low)
     for _ in range(_DOUBLINGS):
         if start < 0:
             low, high = high, high + math.log(2)
             if excess(high) >= 0:
-                break
+                return low, high
         else:
             low, high = low - math.log(2), low
             if excess(low) < 0:
-                break
-    else:
-        raise ValueError(_no_scale(cmap, nonlinearity, start))
+                return low, high
+    if start < 0:
+        raise ValueError(
+            f"no scale R up to {cmap.scale / 10 * 2**_DOUBLINGS:.2g} makes this map {nonlinearity:g} non-linear: it is "
+            f"linear, or saturates below that; try a smaller nonlinearity or a deeper slice"
+        )
+    raise ValueError(
+        f"this map is more than {nonlinearity:g} non-linear at every scale R down to "
+        f"{cmap.scale / 10 / 2**_DOUBLINGS:.2g}: rounding may drown its linear part; try dtype='float32'"
+    )
+
+
+def _finite_bracket(
+    excess: Callable[[float], float], low: float, high: float, nonlinearity: float
+) -> tuple[float, float]:
+    """Halve the bracket until the map is finite at its upper end."""
     while not math.isfinite(excess(high)):
         middle = (low + high) / 2
         if high - low < 1e-6:
@@ -80,17 +109,4 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
                 f"{nonlinearity:g} non-linear; try dtype='float32' or a smaller nonlinearity"
             )
         low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    root: Any = toms748(excess, low, high, xtol=1e-4)
-    return math.exp(root)
-
-
-def _no_scale(cmap: DifferentiableMap, nonlinearity: float, start: float) -> str:
-    if start < 0:
-        return (
-            f"no scale R up to {cmap.scale / 10 * 2**_DOUBLINGS:.2g} makes this map {nonlinearity:g} non-linear: it is "
-            f"linear, or saturates below that; try a smaller nonlinearity or a deeper slice"
-        )
-    return (
-        f"this map is more than {nonlinearity:g} non-linear at every scale R down to "
-        f"{cmap.scale / 10 / 2**_DOUBLINGS:.2g}: rounding may drown its linear part; try dtype='float32'"
-    )
+    return low, high

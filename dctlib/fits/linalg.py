@@ -9,9 +9,19 @@ from torch import Tensor
 def exponential_weights(
     U: Float[Tensor, "m d_target"], V: Float[Tensor, "m d_source"], importance: Float[Tensor, " m"]
 ) -> Float[Tensor, " m"]:
-    """α ≥ 0 that minimises ½ αᵀKα − αᵀb, with K_ll′ = ⟨u_l, u_l′⟩(exp⟨v_l, v_l′⟩ − 1) and b_l = ⟨u_l, Δ_R(v_l)⟩.
+    """Return α ≥ 0 that minimises ½ αᵀKα − αᵀb: equation 10 with U and V held fixed, the end of Algorithm 3.
 
-    This is equation 10 with U and V held.
+    Parameters
+    ----------
+    U, V : Tensor, (m, d_target) and (m, d_source)
+        Unit rows, of which K_ll′ = ⟨u_l, u_l′⟩(exp⟨v_l, v_l′⟩ − 1) is made.
+    importance : Tensor, (m,)
+        b_l = ⟨u_l, Δ_R(v_l)⟩.
+
+    Raises
+    ------
+    ValueError
+        If all factors vanish.
     """
     U, V = U.double(), V.double()
     return _nonnegative((U @ U.T) * torch.expm1(V @ V.T), importance)
@@ -20,17 +30,29 @@ def exponential_weights(
 def quadratic_weights(
     U: Float[Tensor, "m d_target"], V: Float[Tensor, "m d_source"], importance: Float[Tensor, " m"]
 ) -> Float[Tensor, " m"]:
-    """α ≥ 0 that minimises ‖T2 − 2 Σ α_l u_l ⊗ v_l ⊗ v_l‖², where b_l = T2(u_l, v_l, v_l).
+    """Return α ≥ 0 that minimises ‖T2 − 2 Σ α_l u_l ⊗ v_l ⊗ v_l‖²: equation 8 with U and V held fixed.
 
-    This is equation 8 with U and V held, but for the factor 2: the second derivative of α⟨v, θ⟩² u is 2α u ⊗ v ⊗ v, and
-    with it Δ̂ is the quadratic part of Δ itself.
+    The factor 2 is not in the post. The second derivative of α⟨v, θ⟩² u is 2α u ⊗ v ⊗ v, so with it Δ̂ is the quadratic
+    part of Δ itself, and α is half of the post's.
+
+    Parameters
+    ----------
+    U, V : Tensor, (m, d_target) and (m, d_source)
+        Unit rows, of which K_ll′ = 2⟨u_l, u_l′⟩⟨v_l, v_l′⟩² is made.
+    importance : Tensor, (m,)
+        b_l = T2(u_l, v_l, v_l).
+
+    Raises
+    ------
+    ValueError
+        If all factors vanish.
     """
     U, V = U.double(), V.double()
     return _nonnegative(2 * (U @ U.T) * (V @ V.T).square(), importance)
 
 
 def _nonnegative(K: Tensor, b: Tensor) -> Tensor:
-    """α ≥ 0 that minimises ½ αᵀKα − αᵀb.
+    """Solve for α ≥ 0 by non-negative least squares on a root of K.
 
     K is positive semidefinite and, where factors nearly coincide, singular; its small eigenvalues are raised to
     float32's resolution, so that such factors share their weight.

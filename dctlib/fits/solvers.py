@@ -1,21 +1,28 @@
-"""Fitting a transcoder to a causal map: the post's Algorithms 1, 1′, 2 and 3."""
+"""Fitting a transcoder to a causal map: the post's Algorithms 1, 1′, 2 and 3.
+
+Factors are rows of U and V, the paper's matrices transposed. Each loop below is one algorithm, a step a line.
+"""
 
 import sys
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dctlib.fits.calibration import check_input_scale
 from dctlib.fits.linalg import exponential_weights, quadratic_weights
 from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.base import DifferentiableMap, check_finite, gaussian
+from dctlib.maps.nonlinearity import Activation
 from dctlib.maps.orthogonalise import normalise, orthonormal_rows, softly_orthogonal_rows
 
 FIT_VERSION = 1
 """Raise it with any change that alters what a fit returns: remembered fits are keyed by it."""
+
+Init = Literal["projected", "random", "axes"]
 
 Orthogonalise = Literal["qr", "soft"]
 
@@ -23,7 +30,12 @@ _ORTHOGONALISE: dict[str, Callable[[Tensor], Tensor]] = {"qr": orthonormal_rows,
 
 
 def fit_linear(
-    cmap: DifferentiableMap, *, num_factors: int, projections: int | None = None, seed: int = 0, progress: bool = True
+    cmap: DifferentiableMap,
+    num_factors: int = 256,
+    projections: int | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Transcoder:
     """Fit Δ̂(θ) = Σ α ⟨v, θ⟩ u by singular value decomposition of the Jacobian T1 at 0 (Algorithms 1 and 1′).
 
@@ -33,89 +45,97 @@ def fit_linear(
         The map Δ.
     num_factors : int
         m. At most the rank that the Jacobian can have, min(d_source, d_target); with `projections`, d_source.
+        Factors have no sign, so the default is half of :func:`fit_exponential`'s.
     projections : int, optional
-        Decompose W·T1 for a Gaussian W with this many rows (32 in the post) in place of all d_target rows of T1: much
-        cheaper. Only that many input directions carry information; factors beyond them are random, orthogonal to
-        the rest, there to make equal widths comparable.
+        Left out, Algorithm 1: decompose all d_target rows of T1. Otherwise Algorithm 1′: decompose W·T1 for a
+        Gaussian W of this many rows, 32 in the post, which costs d_target / `projections` times less. Only that
+        many input directions carry information. Factors beyond them are random, orthogonal to the rest, there to
+        make equal widths comparable.
     seed : int
         Seed of W and of the random directions. Unused without `projections`.
+    progress : bool
+        Show a progress bar.
 
     Returns
     -------
     Transcoder
-        Rows of V orthonormal, most important first.
+        Rows of V orthonormal, most important first. Rank :meth:`Transcoder.with_negations`.
 
     Raises
     ------
     ValueError
-        If `num_factors` is out of range.
+        If an option is out of range, or the Jacobian is not finite.
     """
-    started = time.perf_counter()
+    trace = _Trace(cmap)
     if projections is None:
         _check_width(num_factors, min(cmap.d_source, cmap.d_target), "the Jacobian's rank bounds a linear fit")
-        jacobian = _jacobian_rows(cmap, torch.eye(cmap.d_target), progress)
-        left, singular_values, right = torch.linalg.svd(jacobian, full_matrices=False)
+        T1 = _jacobian_rows(cmap, torch.eye(cmap.d_target), progress)
+        left, singular_values, right = torch.linalg.svd(T1, full_matrices=False)
         U, V, alpha = left.T[:num_factors], right[:num_factors], singular_values[:num_factors]
     else:
         _check_width(num_factors, cmap.d_source, "orthonormal rows of V bound a projected fit")
-        V, outputs = _projected(cmap, num_factors, projections, torch.Generator().manual_seed(seed), progress)
-        alpha = outputs.norm(dim=1)
-        U = _unit(outputs)
-    return _result(cmap, U, V, alpha, "linear", 1.0, [], [], started)
+        V, image = _projected(cmap, num_factors, projections, torch.Generator().manual_seed(seed), progress)
+        U, alpha = _unit(image), image.norm(dim=1)
+    return trace.result(U, V, alpha, "linear")
 
 
 def fit_quadratic(
     cmap: DifferentiableMap,
-    *,
-    num_factors: int,
+    num_factors: int = 256,
     iterations: int = 10,
+    *,
     orthogonalise: Orthogonalise = "qr",
     tolerance: float = 0.0,
     projections: int = 32,
     seed: int = 0,
     progress: bool = True,
 ) -> Transcoder:
-    """Fit Δ̂(θ) = Σ α ⟨v, θ⟩² u to the second derivative of Δ at 0 by orthogonalised ALS (Algorithm 2).
+    """Fit Δ̂(θ) = Σ α ⟨v, θ⟩² u to the second derivative T2 of Δ at 0 by orthogonalised ALS (Algorithm 2).
 
     Parameters
     ----------
     cmap : DifferentiableMap
         The map Δ.
     num_factors : int
-        m, at most d_source unless `orthogonalise` is ``"soft"``.
+        m, at most d_source unless `orthogonalise` is ``"soft"``. Factors have no sign, so the default is half of
+        :func:`fit_exponential`'s.
     iterations, orthogonalise, tolerance, projections, seed, progress
         As in :func:`fit_exponential`. It starts from Algorithm 1′.
 
     Returns
     -------
     Transcoder
-        Factors have no sign: rank :meth:`Transcoder.with_negations`. `objective` is Σ T2(u, v, v).
+        Rank :meth:`Transcoder.with_negations`. Importance is T2(u, v, v), the causal part of equation 8.
 
     Raises
     ------
     ValueError
-        If an option is out of range, or the derivatives are not finite.
+        If an option is out of range, the derivatives are not finite, or they vanish.
     """
-    started = time.perf_counter()
+    trace = _Trace(cmap)
     _check_options(cmap, num_factors, iterations, orthogonalise, tolerance)
-
-    def sweep(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # step 2 of Algorithm 2
-        U = cmap.second_derivative(V, V)
-        return U, cmap.second_derivative_vjp(_unit(U), V), U.norm(dim=1)
+    orthogonal = _ORTHOGONALISE[orthogonalise]
 
     U, V = _start(cmap, num_factors, "projected", projections, seed, progress)
-    U, V, objective, change = _iterate(sweep, U, V, iterations, orthogonalise, tolerance, progress)
+    for _ in tqdm(range(iterations), desc=f"fitting {num_factors} factors", disable=not progress):
+        before = V
+        V = orthogonal(V)
+        Tvv = cmap.second_derivative(V, V)
+        U = _unit(Tvv)  # equation 6.1: u_l ← T2(·, v_l, v_l)
+        V = _unit(cmap.second_derivative_vjp(U, V))  # equation 6.2: v_l ← T2(u_l, v_l, ·)
+        if trace.record(Tvv.norm(dim=1), V - before) < tolerance:
+            break
     alpha = quadratic_weights(U, V, (U * cmap.second_derivative(V, V)).sum(1))
-    return _result(cmap, U, V, alpha, "quadratic", 1.0, objective, change, started)
+    return trace.result(U, V, alpha, "quadratic")
 
 
 def fit_exponential(
     cmap: DifferentiableMap,
+    num_factors: int = 512,
     *,
-    num_factors: int,
     input_scale: float,
     iterations: int = 10,
-    init: Literal["projected", "random"] = "projected",
+    init: Init = "projected",
     orthogonalise: Orthogonalise = "qr",
     tolerance: float = 0.0,
     projections: int = 32,
@@ -134,8 +154,11 @@ def fit_exponential(
         R, from :func:`dctlib.calibrate`. Larger values weigh higher derivatives more.
     iterations : int
         τ. Ten suffice at widths of a few hundred; narrow fits take longer.
-    init : {"projected", "random"}
-        Start from Algorithm 1′, or from random directions.
+    init : {"projected", "random", "axes"}
+        Where V starts. ``"projected"``: Algorithm 1′. ``"random"``: random directions, with random U. ``"axes"``:
+        coordinate axes, `num_factors` different ones in a random order, with U = normalise(T1 V); factors past the
+        number of axes start at random. Coordinates of a residual stream mean little, so axes are a start that is
+        orthonormal and knows nothing of the map.
     orthogonalise : {"qr", "soft"}
         Between iterations, make the rows of V orthonormal, or only push near neighbours apart
         (:func:`dctlib.maps.orthogonalise.softly_orthogonal_rows`), which allows more factors than d_source.
@@ -151,76 +174,97 @@ def fit_exponential(
     Returns
     -------
     Transcoder
-        With the causal importance and the movement of V in each iteration.
+        With the causal importance of each factor and the movement of V in each iteration.
 
     Raises
     ------
     ValueError
-        If an option is out of range, or the gradients are not finite.
+        If an option is out of range, the gradients are not finite, or the factors vanish.
     """
-    started = time.perf_counter()
+    trace = _Trace(cmap)
     _check_options(cmap, num_factors, iterations, orthogonalise, tolerance)
-    if not 0 < input_scale < float("inf"):
-        raise ValueError(f"got input_scale={input_scale}, expected a positive number; calibrate(cmap) finds one")
-    R = input_scale
-
-    def sweep(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # step 2 of Algorithm 3
-        values, gradients = cmap.value_and_vjp(R * V, U)  # Δ_R(v_l) and ∇⟨u_l, Δ(·)⟩ at R v_l
-        return values, gradients, (U * values).sum(1)
+    R = check_input_scale(input_scale)
+    orthogonal = _ORTHOGONALISE[orthogonalise]
 
     U, V = _start(cmap, num_factors, init, projections, seed, progress)
-    U, V, objective, change = _iterate(sweep, U, V, iterations, orthogonalise, tolerance, progress)
-    alpha = exponential_weights(U, V, (U * cmap(R * V)).sum(1))
-    return _result(cmap, U, V, alpha, "exponential", R, objective, change, started)
-
-
-def _iterate(
-    sweep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
-    U: Tensor,
-    V: Tensor,
-    iterations: int,
-    orthogonalise: Orthogonalise,
-    tolerance: float,
-    progress: bool,
-) -> tuple[Tensor, Tensor, list[float], list[float]]:
-    """Algorithms 2 and 3: keep the factors apart, move each by one `sweep`, normalise, until they stay."""
-    objective, change = [], []
-    for _ in tqdm(range(iterations), desc=f"fitting {len(V)} factors", disable=not progress):
-        before, V = V, _ORTHOGONALISE[orthogonalise](V)
-        U, V, importance = sweep(U, V)
-        U, V = _unit(U), _unit(V)
-        objective.append(importance.sum().item())
-        change.append((V - before).square().sum(1).mean().sqrt().item())
-        if change[-1] < tolerance:
+    for _ in tqdm(range(iterations), desc=f"fitting {num_factors} factors", disable=not progress):
+        before = V
+        V = orthogonal(V)
+        values, gradients = cmap.value_and_vjp(R * V, U)  # Δ_R(v_l), and ∇⟨u_l, Δ⟩ at R v_l with the old u_l
+        importance = (U * values).sum(1)  # ⟨u_l, Δ_R(v_l)⟩, the causal part of equation 10
+        U, V = _unit(values), _unit(gradients)  # its gradients by u_l and by v_l
+        if trace.record(importance, V - before) < tolerance:
             break
-    return U, V, objective, change
+    alpha = exponential_weights(U, V, (U * cmap(R * V)).sum(1))
+    return trace.result(U, V, alpha, "exponential", input_scale=R)
+
+
+class _Trace:
+    """What a fit records on its way, and the transcoder made of it."""
+
+    def __init__(self, cmap: DifferentiableMap):
+        self._cmap = cmap
+        self._importance: list[Tensor] = []
+        self._change: list[float] = []
+        self._started = time.perf_counter()
+
+    def record(self, importance: Tensor, step: Tensor) -> float:
+        """Add an iteration, and return the root-mean-square length of V's rows' steps."""
+        self._importance.append(importance)
+        self._change.append(step.square().sum(1).mean().sqrt().item())
+        return self._change[-1]
+
+    def result(
+        self, U: Tensor, V: Tensor, alpha: Tensor, activation: Activation, input_scale: float = 1.0
+    ) -> Transcoder:
+        return Transcoder(
+            U=U.contiguous(),
+            V=V.contiguous(),
+            alpha=alpha.contiguous(),
+            activation=activation,
+            input_scale=input_scale,
+            source=self._cmap.source,
+            target=self._cmap.target,
+            objective=torch.tensor([importance.sum().item() for importance in self._importance]),
+            change=torch.tensor(self._change),
+            seconds=time.perf_counter() - self._started,
+            importance=torch.stack(self._importance) if self._importance else V.new_empty(0, len(V)),
+        )
 
 
 def _start(
-    cmap: DifferentiableMap, num_factors: int, init: str, projections: int, seed: int, progress: bool
+    cmap: DifferentiableMap, num_factors: int, init: Init, projections: int, seed: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
+    """U and V with which Algorithms 2 and 3 start."""
     generator = torch.Generator().manual_seed(seed)
-    if init == "projected":
-        V, outputs = _projected(cmap, num_factors, projections, generator, progress)
-        return _unit(outputs), V
-    if init == "random":
-        U, V = (gaussian(cmap, num_factors, d, generator) for d in (cmap.d_target, cmap.d_source))
-        return _unit(U), _unit(V)
-    raise ValueError(f"got init={init!r}, expected 'projected' or 'random'")
+    match init:
+        case "projected":
+            V, image = _projected(cmap, num_factors, projections, generator, progress)
+            return _unit(image), V
+        case "random":
+            U = gaussian(cmap, num_factors, cmap.d_target, generator)
+            V = gaussian(cmap, num_factors, cmap.d_source, generator)
+            return _unit(U), _unit(V)
+        case "axes":
+            order = torch.randperm(cmap.d_source, generator=generator)[:num_factors]
+            axes = torch.eye(cmap.d_source, dtype=cmap.dtype)[order].to(cmap.device)
+            V = torch.cat([axes, _unit(gaussian(cmap, num_factors - len(axes), cmap.d_source, generator))])
+            return _unit(cmap.jvp(torch.zeros_like(V), V)), V
+    raise ValueError(f"got init={init!r}, expected one of {get_args(Init)}")
 
 
 def _projected(
     cmap: DifferentiableMap, num_factors: int, projections: int, generator: torch.Generator, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """V and T1·V of Algorithm 1′; rows of V beyond the rank of W·T1 are random."""
+    """V and T1 V of Algorithm 1′; rows of V beyond the rank of W·T1 are random."""
     if projections < 1:
-        raise ValueError(f"got projections={projections}, expected at least 1")
+        raise ValueError(f"got projections={projections}, expected at least 1; the post takes 32")
     W = gaussian(cmap, projections, cmap.d_target, generator)
-    rows = _jacobian_rows(cmap, W, progress)
-    right = torch.linalg.svd(rows, full_matrices=False).Vh
+    WT1 = _jacobian_rows(cmap, W, progress)
+    right = torch.linalg.svd(WT1, full_matrices=False).Vh
     filling = gaussian(cmap, max(0, num_factors - len(right)), cmap.d_source, generator)
-    leading = min(num_factors, cmap.d_source)
     V = torch.cat([right, filling])
+    leading = min(num_factors, cmap.d_source)
     V = torch.cat([orthonormal_rows(V[:leading]), _unit(V[leading:num_factors])])
     return V, cmap.jvp(torch.zeros_like(V), V)
 
@@ -250,18 +294,3 @@ def _check_options(
 def _check_width(num_factors: int, most: int, why: str) -> None:
     if not 1 <= num_factors <= most:
         raise ValueError(f"got num_factors={num_factors}, expected 1 to {most}: {why}")
-
-
-def _result(cmap, U, V, alpha, activation, input_scale, objective, change, started) -> Transcoder:
-    return Transcoder(
-        U=U.contiguous(),
-        V=V.contiguous(),
-        alpha=alpha.contiguous(),
-        activation=activation,
-        input_scale=float(input_scale),
-        source=cmap.source,
-        target=cmap.target,
-        objective=torch.tensor(objective),
-        change=torch.tensor(change),
-        seconds=time.perf_counter() - started,
-    )

@@ -17,11 +17,13 @@ from dctlib.maps.nonlinearity import Activation, activate
 
 _TENSORS = ("U", "V", "alpha", "objective", "change")
 
+_OPTIONAL = "importance"
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Facts(BaseModel):
-    """What is kept beside the tensors."""
+    """The metadata of a file, beside its tensors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -34,7 +36,7 @@ class _Facts(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Transcoder:
-    """A deep causal transcoder. Factors are rows, so U and V are the paper's matrices transposed.
+    """A deep causal transcoder. Factors are rows, so U and V are the post's matrices transposed.
 
     Attributes
     ----------
@@ -51,11 +53,19 @@ class Transcoder:
     source, target : int or None
         The slice it was fitted on; None for a plain function.
     objective : Tensor, (iterations,)
-        Causal importance Σ_l ⟨u_l, Δ_R(v_l)⟩ at the start of each iteration (Figure 2); empty for linear fits.
+        Causal importance Σ_l ⟨u_l, Δ_R(v_l)⟩ at the start of each iteration (equation 10 and Figure 2), or
+        Σ_l T2(u_l, v_l, v_l) of a quadratic fit (equation 8). Empty for linear fits.
     change : Tensor, (iterations,)
         Root-mean-square distance that a row of V moved in each iteration.
     seconds : float
         What the fit took.
+    importance : Tensor, (iterations, m), or None
+        `objective` factor by factor: column l is factor l. None for a file written before it was recorded.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not belong together, a tensor is not floating point or not finite, or σ is unknown.
     """
 
     U: Float[Tensor, "m d_target"]
@@ -68,6 +78,7 @@ class Transcoder:
     objective: Float[Tensor, " iterations"]
     change: Float[Tensor, " iterations"]
     seconds: float
+    importance: Float[Tensor, "iterations m"] | None = None
 
     def __post_init__(self) -> None:
         m = len(self.V)
@@ -77,59 +88,84 @@ class Transcoder:
         if self.objective.ndim != 1 or self.change.ndim != 1:
             shapes = tuple(self.objective.shape), tuple(self.change.shape)
             raise ValueError(f"got objective and change of shapes {shapes}, expected a row each, (iterations,)")
-        for name in _TENSORS:
-            if getattr(self, name).dtype not in _DTYPES:
-                raise ValueError(f"{name} is {getattr(self, name).dtype}, expected one of {_DTYPES}")
-            if not torch.isfinite(getattr(self, name)).all():
+        if self.importance is not None and self.importance.shape != (len(self.objective), m):
+            shape = tuple(self.importance.shape)
+            raise ValueError(f"got importance of shape {shape}, expected (iterations, m), {(len(self.objective), m)}")
+        for name, tensor in self._tensors().items():
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(f"{name} is {tensor.dtype}, expected one of {_DTYPES}")
+            if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} is not finite; refit in float32 or with a smaller input scale")
         if self.activation not in get_args(Activation):
             raise ValueError(f"got activation {self.activation!r}, expected one of {get_args(Activation)}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return tensors if self.importance is None else {**tensors, _OPTIONAL: self.importance}
 
     def __len__(self) -> int:
         return len(self.V)
 
     def __call__(self, theta: Float[Tensor, "n d_source"]) -> Float[Tensor, "n d_target"]:
-        """Δ̂(θ), the approximation of Δ(Rθ) (equation 2)."""
+        """Return Δ̂(θ), the approximation of Δ(Rθ) (equation 2).
+
+        Raises
+        ------
+        ValueError
+            If θ has another shape.
+        """
         if theta.ndim != 2 or theta.shape[1] != self.V.shape[1]:
-            raise ValueError(f"got theta of shape {tuple(theta.shape)}, expected (n, {self.V.shape[1]})")
+            raise ValueError(
+                f"got theta of shape {tuple(theta.shape)}, expected (n, {self.V.shape[1]}); one vector is theta[None]"
+            )
         theta = theta.to(self.V)  # as the map that it stands for takes θ of any type, from any device
         return (activate(theta @ self.V.T, self.activation) * self.alpha) @ self.U
 
     def steering_vectors(self, norm: float | None = None) -> Float[Tensor, "k d_source"]:
-        """What to try adding at layer `source`, on the CPU: V at length `norm`, or `input_scale` if that is left out.
+        """Return the vectors to try adding at layer `source`, on the CPU: V at length `norm`, `input_scale` if None.
 
         Linear and quadratic fits leave the sign of v open, so they give both: k = 2m, and k = m for exponential ones.
+        `norm` is in the units of the residual stream; give linear and quadratic fits R of :func:`dctlib.calibrate`.
         """
         signed = self if self.activation == "exponential" else self.with_negations()
         return (self.input_scale if norm is None else norm) * signed.V.cpu()
 
     def with_negations(self) -> "Transcoder":
-        """The same function with every factor beside its mirror image, 2m factors.
+        """Return the same function with every factor beside its negation: 2m factors of half the weight.
 
-        Linear and quadratic fits leave the sign of v open, so both signs are steering vectors worth ranking. The
-        weights are halved; an exponential factor has a sign, and its mirror image is another function.
+        Linear and quadratic fits leave the sign of v open, so both signs are steering vectors worth ranking.
+
+        Raises
+        ------
+        ValueError
+            If the fit is exponential: the negation of its factor is another function.
         """
         if self.activation == "exponential":
-            raise ValueError("exponential factors have a sign: the negation of one is not a factor of this transcoder")
+            raise ValueError(
+                "exponential factors have a sign: the negation of one is not a factor of this transcoder; "
+                "steering_vectors() gives its m vectors"
+            )
         mirrored = -self.U if self.activation == "linear" else self.U
+        importance = None if self.importance is None else torch.cat([self.importance, self.importance], dim=1) / 2
         return replace(
             self,
             U=torch.cat([self.U, mirrored]),
             V=torch.cat([self.V, -self.V]),
             alpha=torch.cat([self.alpha, self.alpha]) / 2,
+            importance=importance,
         )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         copies = {"memory_format": torch.contiguous_format}  # safetensors refuses tensors that share memory
-        tensors = {name: getattr(self, name).detach().cpu().clone(**copies) for name in _TENSORS}
+        tensors = {name: tensor.detach().cpu().clone(**copies) for name, tensor in self._tensors().items()}
         facts = {name: getattr(self, name) for name in ("activation", "input_scale", "source", "target", "seconds")}
         with atomic_path(path) as partial:
             save_file(tensors, partial, metadata={"transcoder": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Transcoder":
-        """Read what :meth:`save` wrote, bit for bit.
+        """Return the transcoder that :meth:`save` wrote, bit for bit.
 
         Raises
         ------
@@ -138,7 +174,8 @@ class Transcoder:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                present = [*_TENSORS, *({_OPTIONAL} & set(file.keys()))]
+                tensors = {name: file.get_tensor(name) for name in present}
                 facts = _Facts.model_validate_json((file.metadata() or {})["transcoder"])
             found = cls(**tensors, **facts.model_dump())
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -98,8 +98,58 @@ def test_factors_are_unit_and_the_record_is_complete():
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(12, dtype=torch.float64))
     assert dct.objective.shape == dct.change.shape == (7,)
     assert dct.objective[-1] > dct.objective[0]
+    assert dct.importance is not None
+    assert dct.importance.shape == (7, 12)
+    torch.testing.assert_close(dct.importance.sum(1).float(), dct.objective)
     assert dct.input_scale == 2.0
     assert dct.seconds > 0
+
+
+def test_the_importance_recorded_last_is_that_of_each_factor():
+    _, _, cmap = planted(6)
+    shorter, longer = (
+        fit_exponential(cmap, num_factors=5, input_scale=2.0, iterations=n, projections=5) for n in (3, 4)
+    )
+    V = orthonormal_rows(shorter.V)  # the fourth iteration starts here
+    assert longer.importance is not None
+    torch.testing.assert_close(longer.importance[3], (shorter.U * cmap(2.0 * V)).sum(1))
+    assert fit_linear(cmap, num_factors=5).importance.shape == (0, 5)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_start_on_axes_draws_different_axes_from_the_seed_and_their_images():
+    _, _, cmap = planted(6)
+    starts = []
+
+    class Watched(FunctionMap):
+        def value_and_vjp(self, theta, cotangent):
+            starts.append((theta, cotangent))
+            return super().value_and_vjp(theta, cotangent)
+
+    watched = Watched(cmap._terms()[0], d_source=D, d_target=D, dtype=torch.float64)
+    for seed in (1, 1, 2):
+        fit_exponential(watched, num_factors=20, input_scale=2.0, iterations=1, init="axes", seed=seed)
+    fit_exponential(watched, num_factors=8, input_scale=2.0, iterations=1, init="axes", seed=1)
+    (V, U), (again, _), (other, _), (narrow, _) = starts
+    assert ((V == 2.0).sum(1) == 1).all() and (V.count_nonzero(dim=1) == 1).all()
+    assert len(V.argmax(dim=1).unique()) == 20
+    assert torch.equal(V, again) and torch.equal(V[:8], narrow) and not torch.equal(V, other)
+    image = cmap.jvp(torch.zeros_like(V), V)
+    torch.testing.assert_close(U, image / image.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("orthogonalise", ["qr", "soft"])
+def test_a_start_on_axes_recovers_planted_factors(orthogonalise):
+    _, V, cmap = planted(16, d=128)
+    options: dict[str, Any] = {"num_factors": 64, "input_scale": 3.0, "iterations": 60, "orthogonalise": orthogonalise}
+    assert recovery(V, fit_exponential(cmap, **options, init="axes").V).mean_max_cosine > 0.95
+
+
+def test_a_start_on_axes_goes_on_at_random_where_axes_end():
+    _, V, cmap = planted(6)
+    options: dict[str, Any] = {"num_factors": 2 * D, "input_scale": 2.0, "iterations": 30, "orthogonalise": "soft"}
+    dct = fit_exponential(cmap, **options, init="axes")
+    assert dct.V.shape == (2 * D, D)
+    assert recovery(V, dct.V).mean_max_cosine > 0.95
 
 
 def test_a_seed_fixes_every_bit_and_another_changes_them():

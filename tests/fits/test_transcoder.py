@@ -82,6 +82,21 @@ def test_a_file_whose_vectors_overflow_is_refused(tmp_path):
         Transcoder.load(tmp_path / "dct.safetensors")
 
 
+def test_importance_is_kept_and_files_without_it_are_read(tmp_path):
+    importance = torch.arange(8.0).reshape(2, 4)
+    transcoder(importance=importance).save(tmp_path / "dct")
+    kept = Transcoder.load(tmp_path / "dct").importance
+    assert kept is not None and torch.equal(kept, importance)
+    transcoder().save(tmp_path / "old")
+    assert Transcoder.load(tmp_path / "old").importance is None
+
+
+def test_a_factor_and_its_negation_share_their_importance():
+    importance = torch.arange(8.0).reshape(2, 4)
+    both = transcoder(activation="quadratic", importance=importance).with_negations().importance
+    assert both is not None and torch.equal(both, torch.cat([importance, importance], dim=1) / 2)
+
+
 @pytest.mark.parametrize("activation", ["linear", "quadratic"])
 def test_negations_leave_the_function_as_it_was(activation):
     dct, theta = transcoder(activation=activation), unit_rows(7, 6, seed=3).float()
@@ -108,6 +123,7 @@ def test_exponential_factors_have_a_sign():
         ({"U": torch.ones(3, 5)}, "one m"),
         ({"V": torch.ones(4)}, "one m"),
         ({"alpha": torch.tensor([0, 0, 0, float("nan")])}, "alpha is not finite"),
+        ({"importance": torch.ones(2, 3)}, r"importance of shape \(2, 3\)"),
         ({"activation": "cubic"}, "'cubic'"),
     ],
 )

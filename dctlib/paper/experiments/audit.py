@@ -127,7 +127,7 @@ def audit_model(
         )
         vectors[f"DCT, n = {n}"] = dct.steering_vectors()
     largest = maps[max(audit.sizes)]
-    V = power_steering(largest, num_vectors=count // 2, seed=seed).V
+    V = power_steering(largest, num_vectors=count // 2, seed=seed)
     vectors["power steering"] = R * torch.cat([V, -V])
     vectors["random"] = random_vectors(count, largest.d_source, norm=R, seed=seed)
 

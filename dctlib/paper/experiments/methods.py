@@ -137,11 +137,11 @@ def _linear(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
 
 
 def _melbo(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
-    return R * melbo(cmap, input_scale=R, **settings, progress=False).V.cpu()
+    return R * melbo(cmap, input_scale=R, **settings, progress=False).cpu()
 
 
 def _power_steering(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
-    V = power_steering(cmap, **settings, progress=False).V.cpu()
+    V = power_steering(cmap, **settings, progress=False).cpu()
     return R * torch.cat([V, -V])
 
 

@@ -52,12 +52,12 @@ def test_each_finds_what_its_method_finds(cmap, found):
     settings: dict[str, dict[str, Any]] = SETTINGS
     quiet: dict[str, Any] = {"progress": False}
     fitted = fit_exponential(cmap, input_scale=R, **settings["exponential"], **quiet)
-    singular = power_steering(cmap, **settings["power steering"], **quiet).V
+    singular = power_steering(cmap, **settings["power steering"], **quiet)
     expected = {
         "exponential": fitted.steering_vectors(),
         "quadratic": fit_quadratic(cmap, **settings["quadratic"], **quiet).steering_vectors(R),
         "linear": fit_linear(cmap, **settings["linear"], **quiet).steering_vectors(R),
-        "MELBO": R * melbo(cmap, input_scale=R, **settings["MELBO"], **quiet).V,
+        "MELBO": R * melbo(cmap, input_scale=R, **settings["MELBO"], **quiet),
         "power steering": R * torch.cat([singular, -singular]),
         "random": random_vectors(6, cmap.d_source, norm=R, seed=0),
     }
