@@ -8,11 +8,12 @@ from dctlib.paper.pipeline import NotebookRun
 def test_it_leaves_figures_and_numbers_under_its_profile(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    stage = NotebookRun("curves", "smoke")
+    run = NotebookRun("curves", "smoke")
     figure = Figure()
-    assert stage.draw(figure) is figure
-    stage.draw(figure, "scores")
-    stage.write({"mean": 1.5})
+    shown = run.save_figure(figure)
+    assert shown.data == (tmp_path / "figures" / "smoke" / "curves.png").read_bytes()
+    run.save_figure(figure, "scores")
+    run.save_results({"mean": 1.5})
     left = tmp_path / "figures" / "smoke"
     assert {path.name for path in left.iterdir()} == {
         "curves.json",
@@ -24,4 +25,4 @@ def test_it_leaves_figures_and_numbers_under_its_profile(tmp_path, monkeypatch):
     results = json.loads((left / "curves.json").read_text())
     assert results["mean"] == 1.5
     assert 0 < results["seconds"] < 60
-    assert stage.folder(".cache").resolve() == tmp_path / ".cache" / "smoke"
+    assert run.folder(".cache").resolve() == tmp_path / ".cache" / "smoke"

@@ -1,4 +1,6 @@
+import base64
 import json
+import re
 import subprocess
 import sys
 
@@ -39,6 +41,19 @@ def test_a_notebook_runs_on_a_copy_with_its_profiles_parameters(root):
     assert [o.text for o in outputs] == ["7 mine notebooks\n"]
     assert "7 mine notebooks" in path.with_suffix(".html").read_text()
     assert sorted(p.name for p in path.parent.iterdir()) == ["toy.html", "toy.ipynb"]
+
+
+def test_an_executed_copy_and_its_page_hold_the_saved_figure(root):
+    folder = root(
+        "from matplotlib.figure import Figure\n"
+        "from dctlib.paper.pipeline import NotebookRun\n"
+        "NotebookRun('toy', profile).save_figure(Figure())"
+    )
+    path = pipeline.run_notebook("toy", "mine", folder)
+    (shown,) = nbformat.read(path, as_version=4).cells[-1].outputs
+    assert base64.b64decode(shown.data["image/png"]) == (folder / "figures" / "mine" / "toy.png").read_bytes()
+    assert "<Figure" not in shown.data["text/plain"]
+    assert re.search(r'<img[^>]+src="data:image/png;base64,', path.with_suffix(".html").read_text())
 
 
 def test_a_failed_notebook_is_kept_for_reading_and_not_taken_for_a_whole_one(root):

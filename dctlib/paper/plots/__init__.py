@@ -32,13 +32,13 @@ def style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, stem: str | Path) -> Figure:
-    """Write <stem>.png and <stem>.svg, each whole or not at all, with no date inside, and return the figure."""
+def save_figure(figure: Figure, stem: Path) -> Path:
+    """Write <stem>.png and <stem>.svg, each whole or not at all and with no date inside; return the former's path."""
     options: dict[str, Any] = {".png": {"dpi": 200}, ".svg": {"metadata": {"Date": None}}}
     for suffix in options:
-        with style(), atomic_path(Path(stem).with_suffix(suffix)) as partial:
+        with style(), atomic_path(stem.with_suffix(suffix)) as partial:
             figure.savefig(partial, bbox_inches="tight", **options[suffix])
-    return figure
+    return stem.with_suffix(".png")
 
 
 def panels(count: int, *, height: float, ratios: Sequence[float], width: float = WIDTH) -> tuple[Figure, list[Axes]]:
