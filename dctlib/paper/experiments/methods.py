@@ -1,16 +1,18 @@
-"""Entrants: the vectors that methods find which know nothing but the causal map, and what finding them takes."""
+"""Methods that find steering vectors: searches of a causal map, supervised directions, and a LoRA."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.fits.baselines import random_vectors
+from dctlib.evaluation.selection import Candidate
+from dctlib.fits.baselines import difference_of_means, random_vectors
 from dctlib.fits.melbo import melbo
 from dctlib.fits.power_steering import power_steering
 from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
@@ -19,15 +21,19 @@ from dctlib.maps.causal import CausalMap
 from dctlib.maps.counting import PassCounter
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import fingerprint_model, load_fingerprinted
+from dctlib.paper.organisms.tasks import REFUSAL, compliance_task
+from dctlib.paper.organisms.training import Training, make_organism
 from dctlib.runs.cache import task
 from dctlib.runs.sweep import run_sweep
 
 Label = TypeVar("Label", bound=Hashable)
 
+Method = Literal["exponential", "quadratic", "linear", "MELBO", "power steering", "random"]
+
 
 @dataclass(frozen=True, eq=False)
 class MethodResult:
-    """A method's candidate vectors and what finding them took.
+    """The candidate vectors of a method, and the cost of finding them.
 
     Attributes
     ----------
@@ -56,22 +62,21 @@ def run_methods(
     workers: int | None = None,
     ray: str | None = None,
 ) -> dict[Label, MethodResult]:
-    """Let methods search causal maps of one model, several at a time, each once (:func:`dctlib.runs.sweep.run_sweep`).
+    """Search causal maps of one model, several at a time.
 
     Parameters
     ----------
     model, dtype : str
-        What :func:`dctlib.load_model` takes.
+        As in :func:`dctlib.load_model`.
     searches : mapping
-        Label → what :func:`search_map` takes beside the model and the slice: ``method``, ``instructions``,
-        ``input_scale`` and the method's own settings.
+        Label → the arguments of :func:`search_map` besides the model and the slice.
     folder, workers, ray
         As in :func:`dctlib.runs.sweep.run_sweep`.
     """
-    where = {**fingerprint_model(model, dtype), "source": source, "target": target}
-    settings = [{**where, **of} for of in searches.values()]
+    shared = {**fingerprint_model(model, dtype), "source": source, "target": target}
+    settings = [{**shared, **search} for search in searches.values()]
     found = run_sweep(search_map, settings, folder=folder, workers=workers, ray=ray)
-    return {label: MethodResult(**of) for label, of in zip(searches, found, strict=True)}
+    return {label: MethodResult(**fields) for label, fields in zip(searches, found, strict=True)}
 
 
 @task(version=1)
@@ -83,23 +88,22 @@ def search_map(
     source: int,
     target: int,
     instructions: list[str],
-    method: str,
+    method: Method,
     input_scale: float,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Let a method search the causal map of some instructions for vectors of length `input_scale`.
-
-    A task for :func:`dctlib.runs.sweep.run_sweep`.
+    """Search the causal map of some instructions by one method: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
     Parameters
     ----------
     model, digest, dtype : str
-        See :func:`dctlib.models.fingerprint.fingerprint_model`.
+        As in :func:`dctlib.models.fingerprint.fingerprint_model`.
     instructions : list of str
-        User turns, in no chat format.
+        In no chat format.
     method : str
-        ``exponential``, ``quadratic``, ``linear``, ``MELBO``, ``power steering`` or ``random``. Where a method leaves
-        the sign of a vector open, both are there.
+        A method that leaves the sign of a vector open gives both.
+    input_scale : float
+        R, the length of the vectors.
     settings
         The method's own, such as ``num_factors``.
 
@@ -113,47 +117,101 @@ def search_map(
     ValueError
         If there is no such method, or a setting is out of range.
     """
-    if method not in _METHODS:
-        raise ValueError(f"got method={method!r}, expected one of {sorted(_METHODS)}")
-    opened, tokenizer = load_fingerprinted(model, digest, dtype)
+    if method not in get_args(Method):
+        raise ValueError(f"got method={method!r}, expected one of {get_args(Method)}")
+    loaded, tokenizer = load_fingerprinted(model, digest, dtype)
     texts = format_chat(tokenizer, instructions)
-    cmap = PassCounter(CausalMap.from_model(opened, tokenizer, texts, source=source, target=target))
+    cmap = PassCounter(CausalMap.from_model(loaded, tokenizer, texts, source=source, target=target))
     started = time.perf_counter()
-    vectors = _METHODS[method](cmap, input_scale, **settings)
+    vectors = _search(cmap, method, input_scale, settings)
     seconds = time.perf_counter() - started
     return {"vectors": vectors, "seconds": seconds, "forward": cmap.forward, "backward": cmap.backward}
 
 
-def _exponential(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
-    return fit_exponential(cmap, input_scale=R, **settings, progress=False).steering_vectors()
+def _search(cmap: DifferentiableMap, method: Method, R: float, settings: dict[str, Any]) -> Float[Tensor, "k d"]:
+    match method:
+        case "exponential":
+            return fit_exponential(cmap, input_scale=R, **settings, progress=False).steering_vectors()
+        case "quadratic":
+            return fit_quadratic(cmap, **settings, progress=False).steering_vectors(R)
+        case "linear":
+            return fit_linear(cmap, **settings, progress=False).steering_vectors(R)
+        case "MELBO":
+            return R * melbo(cmap, input_scale=R, **settings, progress=False).cpu()
+        case "power steering":
+            V = power_steering(cmap, **settings, progress=False).cpu()
+            return R * torch.cat([V, -V])
+        case "random":
+            return random_vectors(settings["num_vectors"], cmap.d_source, norm=R, seed=settings["seed"])
 
 
-def _quadratic(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
-    return fit_quadratic(cmap, **settings, progress=False).steering_vectors(R)
+def unsupervised_searches(
+    instructions: Sequence[str],
+    *,
+    input_scale: float,
+    num_factors: int,
+    iterations: int,
+    melbo: Mapping[str, Any],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Return the searches of :func:`run_methods` that compete: `num_factors` vectors each, but fewer by MELBO.
+
+    MELBO finds its vectors one after another, so they cost most. Power steering finds half as many, and both signs
+    count.
+
+    Parameters
+    ----------
+    melbo : mapping
+        Settings of :func:`dctlib.fits.melbo.melbo`.
+    """
+    methods = {
+        "DCT": {"method": "exponential", "num_factors": num_factors, "iterations": iterations},
+        "MELBO": {"method": "MELBO", **melbo},
+        "power steering": {"method": "power steering", "num_vectors": num_factors // 2},
+        "random": {"method": "random", "num_vectors": num_factors},
+    }
+    shared = {"instructions": list(instructions), "input_scale": input_scale, "seed": seed}
+    return {name: {**shared, **settings} for name, settings in methods.items()}
 
 
-def _linear(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
-    return fit_linear(cmap, **settings, progress=False).steering_vectors(R)
+def contrastive_vectors(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, str]],
+    benign: Sequence[str],
+    *,
+    layers: Iterable[int],
+) -> dict[str, list[Candidate]]:
+    """Return supervised directions at each of `layers`: differences of means between texts of two known kinds.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Harmful requests, each a ``goal`` with the ``target`` that a compliant answer opens with.
+    benign : sequence of str
+        Other instructions.
+
+    Returns
+    -------
+    dict
+        ``means``: of benign less harmful requests (Arditi et al. 2024); ``CAA``: of requests with the compliant answer
+        less those with a refusal, at the answer's last token (Rimsky et al. 2024).
+    """
+    prompts = format_chat(tokenizer, [row["goal"] for row in rows])
+    compliant = [prompt + row["target"] for prompt, row in zip(prompts, rows, strict=True)]
+    contrasts = {
+        "means": (format_chat(tokenizer, benign), prompts),
+        "CAA": (compliant, [prompt + REFUSAL for prompt in prompts]),
+    }
+    return {
+        name: [Candidate(layer, difference_of_means(model, tokenizer, *sides, layer=layer)) for layer in layers]
+        for name, sides in contrasts.items()
+    }
 
 
-def _melbo(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
-    return R * melbo(cmap, input_scale=R, **settings, progress=False).cpu()
-
-
-def _power_steering(cmap: DifferentiableMap, R: float, **settings: Any) -> Tensor:
-    V = power_steering(cmap, **settings, progress=False).cpu()
-    return R * torch.cat([V, -V])
-
-
-def _random(cmap: DifferentiableMap, R: float, *, num_vectors: int, seed: int) -> Tensor:
-    return random_vectors(num_vectors, cmap.d_source, norm=R, seed=seed)
-
-
-_METHODS: dict[str, Callable[..., Tensor]] = {
-    "exponential": _exponential,
-    "quadratic": _quadratic,
-    "linear": _linear,
-    "MELBO": _melbo,
-    "power steering": _power_steering,
-    "random": _random,
-}
+def train_compliance_lora(
+    folder: Path, base: str, rows: Sequence[Mapping[str, str]], *, steps: int, seed: int
+) -> Training:
+    """Train a LoRA on AdvBench's compliant openings, and save the merged model in `folder`."""
+    settings = {"rows": [dict(row) for row in rows], "steps": steps, "batch": 16, "seed": seed}
+    return make_organism(folder, base, compliance_task, settings, rank=16, learning_rate=5e-4, seed=seed)

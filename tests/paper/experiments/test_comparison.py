@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,18 +12,18 @@ from dctlib import ablate, format_chat, load_model
 from dctlib.evaluation.selection import Candidate, rank_candidates
 from dctlib.models.fingerprint import fingerprint_model
 from dctlib.paper.experiments.comparison import (
+    ComparisonConfig,
     compare_methods,
     evaluate_samples,
     evaluate_steered,
     evaluate_unsteered,
     interventions,
     next_token_logprobs,
-    run_unsupervised_methods,
     side_effects,
     success_curves,
     summarise_methods,
 )
-from dctlib.paper.experiments.supervised import contrastive_vectors
+from dctlib.paper.experiments.methods import contrastive_vectors, run_methods, unsupervised_searches
 from dctlib.paper.organisms.training import save_organism
 from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
@@ -44,16 +45,10 @@ def judge(requests, completions):
 
 def test_the_unsupervised_methods_enter_with_vectors_of_one_length(model, tokenizer, tmp_path):
     save_organism(copy.deepcopy(model), tokenizer, tmp_path / "model")  # saving makes it bfloat16
-    settings: dict[str, Any] = {
-        "num_factors": 6,
-        "iterations": 2,
-        "melbo_vectors": 2,
-        "melbo_steps": 3,
-        "melbo_learning_rate": 0.05,
-        "seed": 0,
-    }
+    melbo = {"num_vectors": 2, "steps": 3, "learning_rate": 0.05}
+    searches = unsupervised_searches(REQUESTS, input_scale=7.0, num_factors=6, iterations=2, melbo=melbo, seed=0)
     where: dict[str, Any] = {"source": 1, "target": 3, "folder": tmp_path / "found"}
-    found = run_unsupervised_methods(str(tmp_path / "model"), "float32", REQUESTS, input_scale=7.0, **settings, **where)
+    found = run_methods(str(tmp_path / "model"), "float32", searches, **where)
     assert {method: len(entrant.vectors) for method, entrant in found.items()} == {
         "DCT": 6,
         "MELBO": 2,
@@ -83,9 +78,9 @@ def test_what_each_vector_makes_it_say_is_judged(model, tokenizer):
     options: dict[str, Any] = {"layer": 1, "max_new_tokens": 6}
     found = evaluate_steered(model, tokenizer, REQUESTS, vectors, judge, **options, progress=False)
     texts = format_chat(tokenizer, REQUESTS)
-    for said, solved, vector in zip(found.said, found.solved, vectors, strict=True):
-        assert said == generate_completions(model, tokenizer, texts, vector=vector, **options)
-        assert solved.tolist() == judge(REQUESTS, said)
+    for completions, solved, vector in zip(found.completions, found.solved, vectors, strict=True):
+        assert completions == generate_completions(model, tokenizer, texts, vector=vector, **options)
+        assert solved.tolist() == judge(REQUESTS, completions)
 
 
 def test_a_model_in_a_context_is_judged_as_it_speaks_there(model, tokenizer):
@@ -94,13 +89,13 @@ def test_a_model_in_a_context_is_judged_as_it_speaks_there(model, tokenizer):
     with ablate(model, unit_rows(4, D).float()):
         said = generate_completions(model, tokenizer, format_chat(tokenizer, REQUESTS), **options)
         found = evaluate_unsteered(model, tokenizer, REQUESTS, judge, **options)
-    assert found.said == [said] != usual.said
+    assert found.completions == [said] != usual.completions
     assert found.solved.tolist() == [judge(REQUESTS, said)]
 
 
 def test_samples_are_judged_one_try_a_row(model, tokenizer):
     found = evaluate_samples(model, tokenizer, REQUESTS, judge, count=4, max_new_tokens=6, seed=0, progress=False)
-    assert found.solved.tolist() == [judge(REQUESTS, said) for said in found.said]
+    assert found.solved.tolist() == [judge(REQUESTS, completions) for completions in found.completions]
     assert found.solved.shape == (4, 3)
     assert found.solved.dtype == torch.bool
 
@@ -130,7 +125,7 @@ def test_a_change_is_entered_once_and_its_damage_is_that_of_its_effects(model, t
     assert found["DCT"]["benign_answered"] == pytest.approx(sum(judge(REQUESTS, said)) / 3)
 
 
-def test_a_contest_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkeypatch):
+def test_a_comparison_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkeypatch):
     """Not steered, this model says nothing that this judge takes, so what solves is a method's doing."""
     organism = tmp_path / "organism"
     save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, organism)
@@ -154,15 +149,11 @@ def test_a_contest_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkey
 
         return noting
 
-    for where in ("contest.score_each", "supervised.score_each", "supervised.score_texts"):
-        score = {"score_each": score_each, "score_texts": score_texts}[where.split(".")[1]]
-        monkeypatch.setattr(f"dctlib.{where}", noted(score))
+    for where in ("score_each", "score_texts"):
+        score = {"score_each": score_each, "score_texts": score_texts}[where]
+        monkeypatch.setattr(f"dctlib.evaluation.selection.{where}", noted(score))
     pinned = fingerprint_model(str(organism), "float32")
-    melbo = {"melbo_vectors": 2, "melbo_steps": 2, "melbo_learning_rate": 0.05}
-    found = compare_methods(
-        **pinned,
-        folder=str(tmp_path / "found"),
-        complying=str(tmp_path / "complying"),
+    config = ComparisonConfig(
         clean=str(organism),
         clean_digest=pinned["digest"],
         bounds={"most": 20.0},
@@ -174,12 +165,15 @@ def test_a_contest_tries_all_methods_on_one_organism(tokenizer, tmp_path, monkey
         test=4,
         tries=2,
         answer_tokens=4,
-        search={"num_factors": 4, "iterations": 1, **melbo},
+        num_factors=4,
+        iterations=1,
+        melbo={"num_vectors": 2, "steps": 2, "learning_rate": 0.05},
         layers=[1, 2],
         lengths=[1.0],
         lora_steps=2,
-        seed=0,
     )
+    folders = {"folder": str(tmp_path / "found"), "complying": str(tmp_path / "complying")}
+    found = compare_methods(**pinned, **folders, config=asdict(config), seed=0)
     methods = found["methods"]
     several = ["DCT", "MELBO", "power steering", "random", "sampling"]
     once = ["means, added", "CAA, added", "means, ablated", "LoRA"]

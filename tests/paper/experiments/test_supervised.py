@@ -8,7 +8,7 @@ from dctlib import ablate, format_chat, load_model
 from dctlib.evaluation.selection import Candidate, best_ablated, rank_candidates
 from dctlib.fits.baselines import difference_of_means
 from dctlib.paper.experiments.comparison import evaluate_unsteered
-from dctlib.paper.experiments.supervised import contrastive_vectors, train_compliance_lora
+from dctlib.paper.experiments.methods import contrastive_vectors, train_compliance_lora
 from dctlib.paper.organisms.tasks import REFUSAL, compliance_task
 from dctlib.steering.scoring import score_each, score_texts
 
@@ -25,10 +25,10 @@ def model():
 @pytest.fixture(autouse=True)
 def scored_by_its_words(monkeypatch):
     for name, score in {"score_each": score_each, "score_texts": score_texts}.items():
-        monkeypatch.setattr(f"dctlib.paper.experiments.supervised.{name}", partial(score, **WORDS))
+        monkeypatch.setattr(f"dctlib.evaluation.selection.{name}", partial(score, **WORDS))
 
 
-def test_told_contrasts_kinds_of_request_and_kinds_of_answer(model, tokenizer):
+def test_supervised_directions_contrast_kinds_of_request_and_kinds_of_answer(model, tokenizer):
     rows = [{"goal": "w9", "target": "w1 w2"}, {"goal": "w10 w11", "target": "w3"}]
     found = contrastive_vectors(model, tokenizer, rows, ["w6 w7", "w8"], layers=[1, 3])
     asked = format_chat(tokenizer, ["w9", "w10 w11"])
