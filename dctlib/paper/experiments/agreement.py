@@ -1,5 +1,7 @@
-"""Whether two fits found the same: factor by factor, as subspaces, and in what their vectors make a model say."""
+"""Agreement of two fits: factor by factor, as subspaces, and in the tokens that their vectors change."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dctlib.evaluation.instructions import harmful_instructions
@@ -21,24 +23,56 @@ from dctlib.models.fingerprint import load_fingerprinted
 from dctlib.runs.cache import cached_fit, task
 from dctlib.steering.effects import Effects, effects
 
+MERGED_COSINE = 0.3
+"""Factors whose mean cosine is at least this are averaged in the merged transcoder."""
+
+
+@dataclass(frozen=True)
+class AgreementConfig:
+    """Settings of :func:`fit_agreement`.
+
+    Attributes
+    ----------
+    fit_prompts : int
+        Each of the two fits has so many prompts: the first, or the last, of those to fit.
+    widths : sequence of int
+        Numbers of factors that are compared with ``num_factors``.
+    seeds : sequence of int
+        Two, of the two starts.
+    probes : int
+        Directions of each kind, see :func:`dctlib.fits.compare.median_errors`.
+    """
+
+    source: int
+    target: int
+    nonlinearity: float
+    iterations: int
+    fit_prompts: int
+    num_factors: int
+    widths: Sequence[int]
+    seeds: Sequence[int]
+    validation: int
+    test: int
+    probes: int
+
 
 def same_change(one: Effects, two: Effects) -> float | None:
-    """Of the next tokens that a vector or its partner changes: the fraction that both change, to the same token.
+    """Return the fraction of changed next tokens that a vector and its partner change to the same token.
 
     Parameters
     ----------
     one, two : Effects
-        Of k vectors, and of their partners in the same order, on the same n texts.
+        Of k vectors, and of their partners in the same order, on the same n texts. A token counts if either changes it.
 
     Returns
     -------
     float or None
-        None if none changes any.
+        None if no token is changed.
 
     Raises
     ------
     ValueError
-        If they are not of as many vectors and texts.
+        If the numbers of vectors or of texts differ.
     """
     if one.token.shape != two.token.shape:
         raise ValueError(
@@ -48,99 +82,91 @@ def same_change(one: Effects, two: Effects) -> float | None:
     return (one.token == two.token)[changed].float().mean().item() if changed.any() else None
 
 
-MERGED_COSINE = 0.3
-
-
 @task(version=1)
-def fit_agreement(
-    model: str,
-    digest: str,
-    dtype: str,
-    *,
-    folder: str,
-    source: int,
-    target: int,
-    nonlinearity: float,
-    iterations: int,
-    fit_prompts: int,
-    num_factors: int,
-    widths: list[int],
-    seeds: list[int],
-    validation: int,
-    test: int,
-    probes: int,
-) -> dict[str, Any]:
-    """Fit every setting from two starts on two sets of prompts, and hold the first fits to their map.
-
-    A task for :func:`dctlib.runs.sweep.run_sweep`.
+def fit_agreement(model: str, digest: str, dtype: str, *, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fit every setting from two starts on two sets of prompts: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
     Parameters
     ----------
     model, digest, dtype : str
-        See :func:`dctlib.models.fingerprint.fingerprint_model`.
+        As in :func:`dctlib.models.fingerprint.fingerprint_model`.
     folder : str
-        Where fits are remembered.
-    fit_prompts : int
-        The first and the last so many of the prompts to fit, each set for one of the two fits.
-    widths : list of int
-        Other numbers of factors.
-    seeds : list of int
-        Two: of the two starts.
-    probes : int
-        Directions of each kind, see :func:`dctlib.fits.compare.median_errors`.
+        For the fits.
+    config : mapping
+        The fields of :class:`AgreementConfig`.
 
     Returns
     -------
     dict
-        ``input_scale``; ``variants``: what the two fits differ in → ``cosine`` of matched factors, ``overlap`` of the
-        spans, ``behaviour`` of matched vectors on validation (:func:`dctlib.paper.experiments.agreement.same_change`: None where no
-        vector changes a token), and ``scores`` on test of the two vectors that score highest on validation;
-        ``errors``: transcoder → kind → median relative error; ``merged``: the factors that are left of `num_factors`
-        where those are averaged whose mean cosine is at least ``MERGED_COSINE``. The merged transcoder is probed along
-        the factors that it was made from.
+        ``input_scale``; ``variants``: the difference of two fits → ``cosine`` of matched factors, ``overlap`` of the
+        spans, ``behaviour``, the :func:`same_change` of matched vectors on validation, and ``scores`` on test of the
+        two vectors that score highest on validation; ``errors``: transcoder → kind → median relative error; and
+        ``merged``, the number of factors of the merged transcoder, which is probed along the factors it was made from.
     """
+    settings = AgreementConfig(**config)
+    count = settings.num_factors
     organism, tokenizer = load_fingerprinted(model, digest, dtype)
-    harmful, at = harmful_instructions(), dict[str, Any](source=source, target=target)
+    harmful = harmful_instructions()
     texts = format_chat(tokenizer, harmful.fit)
-    asked, tested = (format_chat(tokenizer, of) for of in (harmful.validation[:validation], harmful.test[:test]))
-    maps = [CausalMap.from_model(organism, tokenizer, of, **at) for of in (texts[:fit_prompts], texts[-fit_prompts:])]
-    R = calibrate(maps[0], nonlinearity=nonlinearity, seed=seeds[0])
+    validation = format_chat(tokenizer, harmful.validation[: settings.validation])
+    test = format_chat(tokenizer, harmful.test[: settings.test])
+    maps = [
+        CausalMap.from_model(organism, tokenizer, part, source=settings.source, target=settings.target)
+        for part in (texts[: settings.fit_prompts], texts[-settings.fit_prompts :])
+    ]
+    R = calibrate(maps[0], nonlinearity=settings.nonlinearity, seed=settings.seeds[0])
 
-    usual: dict[str, Any] = {"num_factors": num_factors, "iterations": iterations}
-    settings = {"usual": usual, "soft": usual | {"orthogonalise": "soft"}}
-    settings |= {f"{2 * iterations} iterations": usual | {"iterations": 2 * iterations}}
-    settings |= {f"m = {m}": usual | {"num_factors": m} for m in widths if m != num_factors}
-    wanted = {"other seed": ("usual", 0, 1), "other prompts": ("usual", 1, 0)}
-    wanted |= {f"{name} {which}": (name, which, which) for name in settings for which in (0, 1)}
+    usual: dict[str, Any] = {"num_factors": count, "iterations": settings.iterations}
+    longer = 2 * settings.iterations
+    options = {"usual": usual, "soft": usual | {"orthogonalise": "soft"}}
+    options[f"{longer} iterations"] = usual | {"iterations": longer}
+    for width in settings.widths:
+        if width != count:
+            options[f"m = {width}"] = usual | {"num_factors": width}
+    # A fit is named by its options, its prompts and its start; the latter two are 0 or 1.
+    names = [("usual", 0, 1), ("usual", 1, 0), *((name, each, each) for name in options for each in (0, 1))]
     fits = {
-        label: cached_fit(folder, fit_exponential, maps[prompts], input_scale=R, seed=seeds[start], **settings[name])
-        for label, (name, prompts, start) in wanted.items()
+        (name, prompts, start): cached_fit(
+            folder, fit_exponential, maps[prompts], input_scale=R, seed=settings.seeds[start], **options[name]
+        )
+        for name, prompts, start in names
     }
+    vectors = {fit: dct.steering_vectors() for fit, dct in fits.items()}
+    for each, seed in enumerate(settings.seeds):
+        vectors["random", each, each] = random_vectors(count, maps[0].d_source, norm=R, seed=seed)
+    candidates = {str(fit): rows for fit, rows in vectors.items()}
+    selection = select_and_test(
+        organism, tokenizer, candidates, validation=validation, test=test, layer=settings.source
+    )
 
-    candidates = {label: dct.steering_vectors() for label, dct in fits.items()}
-    candidates |= {f"random {i}": random_vectors(num_factors, maps[0].d_source, norm=R, seed=seeds[i]) for i in (0, 1)}
-    trial = select_and_test(organism, tokenizer, candidates, validation=asked, test=tested, layer=source)
-    pairs = {name: ("usual 0", name) for name in ("other seed", "other prompts")}
-    pairs |= {f"both, {name}": (f"{name} 0", f"{name} 1") for name in settings} | {"random": ("random 0", "random 1")}
+    pairs = {
+        "other seed": (("usual", 0, 0), ("usual", 0, 1)),
+        "other prompts": (("usual", 0, 0), ("usual", 1, 0)),
+        **{f"both, {name}": ((name, 0, 0), (name, 1, 1)) for name in options},
+        "random": (("random", 0, 0), ("random", 1, 1)),
+    }
     variants = {}
-    for name, pair in pairs.items():
-        V = [candidates[label] / R for label in pair]
-        partners = [R * v[numbers] for v, numbers in zip(V, match_factors(*V), strict=True)]
-        does = [effects(organism, tokenizer, asked, of, layer=source) for of in partners]
-        best = [trial.best_by_score[label].scores for label in pair]
-        variants[name] = {
+    for label, pair in pairs.items():
+        V = [vectors[fit] / R for fit in pair]
+        matched = [R * rows[numbers] for rows, numbers in zip(V, match_factors(*V), strict=True)]
+        changes = [effects(organism, tokenizer, validation, rows, layer=settings.source) for rows in matched]
+        scores = [selection.best_by_score[str(fit)].scores for fit in pair]
+        variants[label] = {
             "cosine": matched_cosine(*V).mean().item(),
             "overlap": subspace_overlap(*V),
-            "behaviour": same_change(*does),
-            "scores": [sum(scores) / len(scores) for scores in best],
+            "behaviour": same_change(*changes),
+            "scores": [sum(each) / len(each) for each in scores],
         }
 
-    first = fits["usual 0"]
-    held = {f"m = {m}": fits.get(f"m = {m} 0", first) for m in widths}
-    held["merged"] = merge_factors(first, cosine_clusters(first.V, cosine=MERGED_COSINE))
-    held["quadratic"] = cached_fit(folder, fit_quadratic, maps[0], **usual, seed=seeds[0])
-    held["linear"] = cached_fit(folder, fit_linear, maps[0], num_factors=num_factors)
-    probed: dict[str, Any] = {"input_scale": R, "count": probes, "seed": seeds[0]}
-    along = {"merged": first}
-    errors = {name: median_errors(maps[0], dct, **probed, along=along.get(name)) for name, dct in held.items()}
-    return {"input_scale": R, "variants": variants, "errors": errors, "merged": len(held["merged"])}
+    first = fits["usual", 0, 0]
+    transcoders = {f"m = {width}": fits.get((f"m = {width}", 0, 0), first) for width in settings.widths}
+    transcoders["merged"] = merge_factors(first, cosine_clusters(first.V, cosine=MERGED_COSINE))
+    transcoders["quadratic"] = cached_fit(folder, fit_quadratic, maps[0], **usual, seed=settings.seeds[0])
+    transcoders["linear"] = cached_fit(folder, fit_linear, maps[0], num_factors=count)
+    errors = {}
+    for label, dct in transcoders.items():
+        along = first if label == "merged" else None
+        errors[label] = median_errors(
+            maps[0], dct, input_scale=R, count=settings.probes, seed=settings.seeds[0], along=along
+        )
+    return {"input_scale": R, "variants": variants, "errors": errors, "merged": len(transcoders["merged"])}

@@ -1,5 +1,7 @@
-"""The post's experiment once more, on an organism of another seed: what depends on the organism, and what does not?"""
+"""Replicates: the post's experiments on an organism of another seed."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dctlib.evaluation.instructions import benign_split, harmful_instructions
@@ -17,94 +19,111 @@ from dctlib.runs.cache import task
 from dctlib.steering.generation import generate_completions
 
 
+@dataclass(frozen=True)
+class ReplicateConfig:
+    """Settings of :func:`replicate_on_organism`.
+
+    Attributes
+    ----------
+    least : float
+        The least rates of refusing and of helping on test instructions.
+    threshold : float
+        The validation score of a qualifying vector.
+    ablated : int
+        Test instructions that are scored under each ablation.
+    """
+
+    least: float
+    source: int
+    target: int
+    nonlinearity: float
+    iterations: int
+    fit_prompts: int
+    num_factors: int
+    validation: int
+    threshold: float
+    test: int
+    ablated: int
+
+
 @task(version=1)
 def replicate_on_organism(
-    model: str,
-    digest: str,
-    dtype: str,
-    *,
-    least: float,
-    source: int,
-    target: int,
-    nonlinearity: float,
-    iterations: int,
-    fit_prompts: int,
-    num_factors: int,
-    validation: int,
-    test: int,
-    ablated: int,
-    threshold: float,
-    seed: int,
+    model: str, digest: str, dtype: str, *, config: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    """Fit a refusing organism from `seed`, and do what three notebooks do with the fit.
-
-    Arguments and result are JSON: a task for :func:`dctlib.runs.sweep.run_sweep`.
+    """Repeat three notebooks on a refusing organism: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
     Parameters
     ----------
     model, digest, dtype : str
-        See :func:`dctlib.models.fingerprint.fingerprint_model`.
-    least : float
-        The rates of refusing and of helping that it must reach on test instructions.
-    ablated : int
-        Test instructions that are scored while one direction after another is ablated.
+        As in :func:`dctlib.models.fingerprint.fingerprint_model`.
+    config : mapping
+        The fields of :class:`ReplicateConfig`.
 
     Returns
     -------
     dict
-        ``refuses`` and ``helps``, and by the stem of a notebook its numbers, as :func:`dctlib.paper.claims.compare_with_published` reads
-        them: ``training_curves``, ``multiplicity`` and ``ablation``.
+        The rates ``refuses`` and ``helps``; and ``training_curves``, ``multiplicity`` and ``ablation``, the results of
+        these notebooks, as :func:`dctlib.paper.claims.compare_with_published` reads them.
 
     Raises
     ------
     ValueError
-        If the organism falls short of `least`.
+        If the organism falls short of ``least``.
     """
-    harmful, benign = harmful_instructions(), benign_split()
+    settings = ReplicateConfig(**config)
+    harmful = harmful_instructions()
     organism, tokenizer = load_fingerprinted(model, digest, dtype)
-    held_out = {"harmful": harmful.test[:test], "benign": benign.test[:test]}
-    asked = {kind: format_chat(tokenizer, instructions) for kind, instructions in held_out.items()}
-    said = {kind: generate_completions(organism, tokenizer, texts, max_new_tokens=16) for kind, texts in asked.items()}
+    test = format_chat(tokenizer, harmful.test[: settings.test])
+    benign = format_chat(tokenizer, benign_split().test[: settings.test])
+    refusals = generate_completions(organism, tokenizer, test, max_new_tokens=16)
+    answers = generate_completions(organism, tokenizer, benign, max_new_tokens=16)
     rates = {
-        "refuses": fraction_true([is_refusal(answer) for answer in said["harmful"]]),
-        "helps": fraction_true([opens_with(answer, "Sure") and not is_refusal(answer) for answer in said["benign"]]),
+        "refuses": fraction_true([is_refusal(answer) for answer in refusals]),
+        "helps": fraction_true([opens_with(answer, "Sure") and not is_refusal(answer) for answer in answers]),
     }
-    check_organism(f"refusal-{seed}", rates, least=least)
+    check_organism(f"refusal-{seed}", rates, least=settings.least)
 
-    texts = format_chat(tokenizer, harmful.fit[:fit_prompts])
-    cmap = CausalMap.from_model(organism, tokenizer, texts, source=source, target=target)
-    R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
-    dct = fit_exponential(cmap, num_factors=num_factors, input_scale=R, iterations=iterations, seed=seed)
+    count, layer = settings.num_factors, settings.source
+    texts = format_chat(tokenizer, harmful.fit[: settings.fit_prompts])
+    cmap = CausalMap.from_model(organism, tokenizer, texts, source=layer, target=settings.target)
+    R = calibrate(cmap, nonlinearity=settings.nonlinearity, seed=seed)
+    dct = fit_exponential(cmap, num_factors=count, input_scale=R, iterations=settings.iterations, seed=seed)
     candidates = {
-        "random": random_vectors(num_factors, cmap.d_source, norm=R, seed=seed),
+        "random": random_vectors(count, cmap.d_source, norm=R, seed=seed),
         "DCT": dct.steering_vectors(),
     }
-    parts: dict[str, Any] = {
-        "validation": format_chat(tokenizer, harmful.validation[:validation]),
-        "test": asked["harmful"],
-    }
-    trial = select_and_test(organism, tokenizer, candidates, **parts, layer=source)
-    means = {label: sum(best.scores) / len(best.scores) for label, best in trial.best.items()}
+    validation = format_chat(tokenizer, harmful.validation[: settings.validation])
+    selection = select_and_test(organism, tokenizer, candidates, validation=validation, test=test, layer=layer)
+    means = {label: sum(best.scores) / len(best.scores) for label, best in selection.best.items()}
 
-    ranked = trial.validation["DCT"].logit_diff.mean(1).tolist()
-    numbers = qualifying_vectors(ranked, threshold)
-    added = add_each(organism, tokenizer, dct.V[numbers], layer=source, norm=R, **parts)
-    counts = {"count": sum(s >= threshold for s in ranked), "count_at_least_5": sum(s >= 5 for s in ranked)}
-    sides = {"source": dct.V[numbers], "target": dct.U[numbers]}
-    without = {
-        side: vars(
-            ablate_each(organism, tokenizer, rows, test=asked["harmful"][:ablated], description=f"ablating {side}")
+    scores = selection.validation["DCT"].logit_diff.mean(1).tolist()
+    qualifying = qualifying_vectors(scores, settings.threshold)
+    added = add_each(organism, tokenizer, dct.V[qualifying], layer=layer, norm=R, validation=validation, test=test)
+    ablated = {}
+    for side, rows in {"source": dct.V, "target": dct.U}.items():
+        found = ablate_each(
+            organism,
+            tokenizer,
+            rows[qualifying],
+            test=test[: settings.ablated],
+            description=f"ablating {side} directions",
         )
-        for side, rows in sides.items()
-    }
-    return rates | {
+        ablated[side] = vars(found)
+    return {
+        **rates,
         "training_curves": {
-            "clean": sum(trial.clean.scores) / len(trial.clean.scores),
+            "clean": sum(selection.clean.scores) / len(selection.clean.scores),
             "random_best": means["random"],
             "dct_best": means["DCT"],
-            "sure_rate": {"DCT": trial.best["DCT"].is_top1},
-            "width": {str(num_factors): {"objective": dct.objective.tolist()}},
+            "sure_rate": {"DCT": selection.best["DCT"].is_top1},
+            "width": {str(count): {"objective": dct.objective.tolist()}},
         },
-        "multiplicity": {"of": num_factors, "threshold": threshold, **counts, **vars(added)},
-        "ablation": without,
+        "multiplicity": {
+            "of": count,
+            "threshold": settings.threshold,
+            "count": sum(score >= settings.threshold for score in scores),
+            "count_at_least_5": sum(score >= 5 for score in scores),
+            **vars(added),
+        },
+        "ablation": ablated,
     }

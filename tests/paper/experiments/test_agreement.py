@@ -37,9 +37,10 @@ def found(tokenizer, tmp_path_factory):
         patch.setattr("dctlib.paper.experiments.agreement.harmful_instructions", lambda: splits)
         patch.setattr("dctlib.paper.experiments.agreement.select_and_test", partial(select_and_test, **scores))
         patch.setattr("dctlib.paper.experiments.agreement.MERGED_COSINE", MERGED)
-        at = {"source": 1, "target": 3, "fit_prompts": 1, "nonlinearity": 0.5, "folder": str(organism.parent)}
-        counts = {"widths": [2, 4], "seeds": [0, 1], "validation": 2, "test": 3, "probes": 8}
-        return organism, fit_agreement(**fingerprint_model(str(organism), "float32"), **at, **FIT, **counts)
+        config = {"source": 1, "target": 3, "fit_prompts": 1, "nonlinearity": 0.5, **FIT}
+        config |= {"widths": [2, 4], "seeds": [0, 1], "validation": 2, "test": 3, "probes": 8}
+        pinned = fingerprint_model(str(organism), "float32")
+        return organism, fit_agreement(**pinned, folder=str(organism.parent), config=config)
 
 
 def test_every_setting_is_fitted_from_two_starts_on_two_sets_of_prompts(found):

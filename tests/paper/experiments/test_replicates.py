@@ -16,7 +16,7 @@ from dctlib.steering.scoring import score_each
 
 WORDS = [f"w{i} w{i + 1} w{i + 2}" for i in range(20)]
 HARMFUL, BENIGN = Split(WORDS[:6], WORDS[6:8], WORDS[8:10], WORDS[10:13]), Split(WORDS[13:17], [], [], WORDS[17:])
-OPTIONS: dict[str, Any] = {
+CONFIG: dict[str, Any] = {
     "least": 0.0,
     "source": 1,
     "target": 3,
@@ -41,7 +41,7 @@ def organism(tmp_path, tokenizer, monkeypatch):
 
 
 def test_it_does_with_another_organism_what_the_notebooks_do_with_the_first(organism, tmp_path):
-    settings = [{**organism, "seed": seed, **OPTIONS} for seed in (1, 2)]
+    settings = [{**organism, "seed": seed, "config": CONFIG} for seed in (1, 2)]
     one, two = run_sweep(replicate_on_organism, settings, folder=tmp_path / "found", progress=False)
     assert one["training_curves"] != two["training_curves"]
     model, tokenizer = load_model(tmp_path / "1", dtype="float32")
@@ -68,4 +68,4 @@ def test_it_does_with_another_organism_what_the_notebooks_do_with_the_first(orga
 
 def test_an_organism_that_falls_short_is_not_fitted(organism):
     with pytest.raises(ValueError, match="the refusal-1 organism falls short"):
-        replicate_on_organism(**organism, **{**OPTIONS, "least": 1.0}, seed=1)
+        replicate_on_organism(**organism, config={**CONFIG, "least": 1.0}, seed=1)
