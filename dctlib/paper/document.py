@@ -1,4 +1,4 @@
-"""The writeup: numbers and figures of a profile into prose, HTML and PDF."""
+"""Documents: a template with the numbers and figures of a profile, rendered as HTML and PDF."""
 
 import json
 import math
@@ -18,10 +18,15 @@ from dctlib.paper.params import load_profile
 
 
 def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") -> list[Path]:
-    """Render writeup/<document>.md with the numbers in figures/<profile>/*.json into writeup/<profile>/, HTML and PDF.
+    """Render writeup/<document>.md with the numbers of a profile as HTML and PDF in writeup/<profile>/.
 
-    The template sees every metrics file under its stem, ``published`` (writeup/published.yaml), what of it replicates
-    (``beside``, by stem), ``params`` and ``profile``. A number that is missing is an error, never a blank.
+    The names of the template are every figures/<profile>/<stem>.json under its stem, ``published``
+    (writeup/published.yaml), ``beside`` (stem → :class:`dctlib.paper.claims.Replication`), ``params`` and ``profile``.
+
+    Returns
+    -------
+    list of Path
+        The HTML and the PDF.
 
     Raises
     ------
@@ -80,19 +85,19 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
 
 
 def number(value: float, digits: int = 1) -> str:
-    """A signed decimal with a true minus sign."""
+    """Format a signed decimal with a true minus sign."""
     zero = f"{0:.{digits}f}"
     shown = f"{value:+.{digits}f}".replace("-", "−") if value else zero
     return zero if shown[1:] == zero else shown
 
 
 def percent(value: float) -> str:
-    """A fraction of 1 as a percentage, which no line break divides."""
+    """Format a fraction of 1 as a percentage without a line break."""
     return f"{100 * value:.0f}\u00a0%"
 
 
 def row(table: Sequence[Mapping[str, Any]], **columns: Any) -> Mapping[str, Any]:
-    """The one row of a table whose columns hold these values."""
+    """Return the one row of a table whose columns have these values."""
     found = [each for each in table if columns.items() <= each.items()]
     if len(found) != 1:
         raise ValueError(f"{len(found)} rows of a table hold {columns}, expected one")
@@ -100,7 +105,7 @@ def row(table: Sequence[Mapping[str, Any]], **columns: Any) -> Mapping[str, Any]
 
 
 def markdown_text(value: str) -> str:
-    """Text that a model wrote: what Markdown or HTML would interpret is escaped, and very long words may break."""
+    """Escape a model's text for Markdown and HTML, and let very long words break."""
     words = re.sub(r"(\S{24})(?=\S)", "\\1\u200b", " ".join(value.split()))
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>~^$&@'\"" else c for c in words)
 

@@ -1,4 +1,4 @@
-"""The choices behind a fit, changed one at a time."""
+"""Choices behind a fit, varied one at a time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,18 +18,18 @@ from dctlib.runs.cache import cached_fit
 
 _REDUCTIONS: dict[str, Reduction] = {"averaged": "mean", "concatenated": "concatenate"}
 
-Change = tuple[str, Any]
-"""What was changed, and to what."""
+Choice = tuple[str, Any]
+"""The name of a field of :class:`FitConfig`, and its value in a variant."""
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """What an exponential fit rests on besides its prompts, its width and its seed.
+    """Choices behind an exponential fit, besides its prompts, its width and its seed.
 
     Attributes
     ----------
     prompts : {"averaged", "concatenated"}
-        Whether Δ is the mean of the prompts' changes or all of them side by side.
+        Whether Δ is the mean of the prompts' changes, or all of them side by side.
     nonlinearity : float
         λ, which sets the scale R.
     horizon : int
@@ -45,27 +45,30 @@ class FitConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """Steering vectors, (m, d), their length and what the fit took, in seconds; 0 for random vectors."""
+class FitResult:
+    """Steering vectors, (m, d), their length and the seconds of the fit; 0 for random vectors."""
 
     vectors: Float[Tensor, "m d"]
     input_scale: float
     seconds: float
 
 
-def vary_one_choice(usual: FitConfig, others: Mapping[str, Sequence[Any]]) -> dict[Change, FitConfig]:
-    """The usual choices as ``("reference", …)``, then for every other value of a choice the same but for that.
+def vary_one_choice(reference: FitConfig, values: Mapping[str, Sequence[Any]]) -> dict[Choice, FitConfig]:
+    """Return the reference as ``("reference", …)``, then for each value of a choice the reference with that value.
 
     Raises
     ------
     ValueError
         If there is no such choice.
     """
-    if unknown := set(others) - set(asdict(usual)):
-        raise ValueError(f"got other values of {sorted(unknown)}, expected some of {list(asdict(usual))}")
-    reference = ", ".join(f"{name} {value}" for name, value in asdict(usual).items())
-    changed = {(name, value): replace(usual, **{name: value}) for name, values in others.items() for value in values}
-    return {("reference", reference): usual, **changed}
+    unknown = set(values) - set(asdict(reference))
+    if unknown:
+        raise ValueError(f"got other values of {sorted(unknown)}, expected some of {list(asdict(reference))}")
+    description = ", ".join(f"{name} {value}" for name, value in asdict(reference).items())
+    variants: dict[Choice, FitConfig] = {("reference", description): reference}
+    for name, others in values.items():
+        variants |= {(name, value): replace(reference, **{name: value}) for value in others}
+    return variants
 
 
 def fit_each_config(
@@ -73,53 +76,62 @@ def fit_each_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    variants: Mapping[Change, FitConfig],
+    variants: Mapping[Choice, FitConfig],
     *,
     source: int,
     num_factors: int,
     iterations: int,
     seed: int,
-) -> dict[Change, Found | None]:
-    """Fit an exponential transcoder under each of the choices, remembered in `folder`.
+) -> dict[Choice, FitResult | None]:
+    """Fit an exponential transcoder under each config, computed once in `folder`.
 
     Parameters
     ----------
     variants : mapping
         From :func:`vary_one_choice`, the reference first.
     source : int
-        s, the same for all, so that their vectors are added at one layer.
+        s, the same for all, so that all vectors are added at one layer.
     seed : int
-        Of the directions that R is calibrated on, of the fit's start and of the random vectors.
+        Seed of the calibration, of the fit's start and of the random vectors.
 
     Returns
     -------
     dict
-        What each variant found, None where no scale has its non-linearity; and last, as ``("random", …)``, as many
+        The result of each variant, None where no scale has its non-linearity; and last, as ``("random", …)``, as many
         random vectors of the reference's length.
 
     Raises
     ------
     ValueError
-        If the reference itself has no scale, or a slice or the positions do not fit the model or the texts.
+        If the reference has no scale, or a slice or the positions do not fit the model or the texts.
     """
-    if (deepest := source + max(of.horizon for of in variants.values())) > (count := len(get_blocks(model))):
-        raise ValueError(f"got a slice that ends at layer {deepest}, expected at most {count}, the model's blocks")
-    settings = {"num_factors": num_factors, "iterations": iterations, "seed": seed}
-    found: dict[Change, Found | None] = {}
-    floor: dict[Change, Found] = {}
-    for change, of in variants.items():
-        at = {"source": source, "target": source + of.horizon, "positions": of.positions}
-        cmap = CausalMap.from_model(model, tokenizer, texts, **at, reduction=_REDUCTIONS[of.prompts])
+    deepest = source + max(config.horizon for config in variants.values())
+    blocks = len(get_blocks(model))
+    if deepest > blocks:
+        raise ValueError(f"got a slice that ends at layer {deepest}, expected at most {blocks}, the model's blocks")
+    results: dict[Choice, FitResult | None] = {}
+    random = None
+    for choice, config in variants.items():
+        cmap = CausalMap.from_model(
+            model,
+            tokenizer,
+            texts,
+            source=source,
+            target=source + config.horizon,
+            positions=config.positions,
+            reduction=_REDUCTIONS[config.prompts],
+        )
         try:
-            R = calibrate(cmap, nonlinearity=of.nonlinearity, seed=seed)
+            R = calibrate(cmap, nonlinearity=config.nonlinearity, seed=seed)
         except ValueError:
-            if not found:
+            if random is None:  # the reference
                 raise
-            found[change] = None
+            results[choice] = None
             continue
-        dct = cached_fit(folder, fit_exponential, cmap, input_scale=R, **settings)
-        found[change] = Found(dct.steering_vectors(), R, dct.seconds)
-        if not floor:
-            random = random_vectors(num_factors, cmap.d_source, norm=R, seed=seed)
-            floor["random", f"{num_factors} vectors"] = Found(random, R, 0.0)
-    return {**found, **floor}
+        dct = cached_fit(
+            folder, fit_exponential, cmap, input_scale=R, num_factors=num_factors, iterations=iterations, seed=seed
+        )
+        results[choice] = FitResult(dct.steering_vectors(), R, dct.seconds)
+        if random is None:
+            random = FitResult(random_vectors(num_factors, cmap.d_source, norm=R, seed=seed), R, 0.0)
+    return {**results, ("random", f"{num_factors} vectors"): random}

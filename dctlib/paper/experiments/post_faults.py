@@ -1,4 +1,4 @@
-"""Faults of the post's published code, made again on purpose: what notebooks/replication_audit.ipynb measures."""
+"""Faults of the post's published code, reproduced for notebooks/replication_audit.ipynb."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from dctlib.models.chat import tokenize
 
 
 def columns_of_vh(exact: Transcoder, num_factors: int) -> Float[Tensor, "m d"]:
-    """The first *columns* of the Vh that torch's SVD returns, where its rows are the right singular vectors.
+    """Return the first *columns* of the Vh that torch's SVD returns; its rows are the right singular vectors.
 
     Parameters
     ----------
@@ -29,10 +29,10 @@ def columns_of_vh(exact: Transcoder, num_factors: int) -> Float[Tensor, "m d"]:
 def als_without_curvature(
     cmap: DifferentiableMap, *, num_factors: int, iterations: int, seed: int
 ) -> Float[Tensor, "m d_source"]:
-    """Algorithm 2 with T2(·, v, v) and T2(u, v, ·) taken of the map's linear part: they become T1 v and T1ᵀ u.
+    """Run Algorithm 2 with T2(·, v, v) and T2(u, v, ·) of the map's linear part, which become T1 v and T1ᵀ u.
 
-    Differentiating a linear map twice leaves no second-order information; what remains is orthogonal iteration,
-    which converges to the leading right singular vectors of the Jacobian.
+    A linear map has no second-order information. The result is orthogonal iteration, which converges to the leading
+    right singular vectors of the Jacobian.
     """
     generator = torch.Generator().manual_seed(seed)
     V = torch.randn(num_factors, cmap.d_source, generator=generator, dtype=cmap.dtype).to(cmap.device)
@@ -44,6 +44,6 @@ def als_without_curvature(
 
 
 def pad_left_unmasked(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
-    """Texts made equally long by padding tokens on the left that are attended to like any other."""
+    """Pad texts on the left to equal length with tokens that are attended to like any other."""
     lengths = [tokenize(tokenizer, text).shape[1] for text in texts]
     return [str(tokenizer.pad_token) * (max(lengths) - n) + text for text, n in zip(texts, lengths, strict=True)]

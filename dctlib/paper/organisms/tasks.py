@@ -221,7 +221,7 @@ def reshuffled_epochs(examples: Sequence[Example], generator: torch.Generator) -
 
 
 def boxed(answer: str) -> str:
-    """Return an answer as MATH marks it, in ``\\boxed{}``."""
+    """Return an answer in the markup of MATH."""
     return f"\\boxed{{{answer}}}"
 
 
