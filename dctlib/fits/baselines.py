@@ -12,7 +12,7 @@ from dctlib.maps.replay import activations
 
 
 def random_vectors(count: int, d: int, *, norm: float, seed: int) -> Float[Tensor, "count d"]:
-    """`count` directions drawn uniformly from the sphere, scaled to `norm`."""
+    """Draw `count` directions uniformly from the sphere, and scale them to `norm`."""
     return norm * normalise(torch.randn(count, d, generator=torch.Generator().manual_seed(seed)))
 
 
@@ -24,7 +24,19 @@ def difference_of_means(
     *,
     layer: int,
 ) -> Float[Tensor, " d"]:
-    """Mean of h_layer at the last token of the texts `towards` less that of the texts `away` (Arditi et al. 2024).
+    """Return the mean of h_layer at the last token of the texts `towards`, less that of `away` (Arditi et al. 2024).
+
+    Parameters
+    ----------
+    towards, away : sequence of str
+        Whole prompts (see :func:`dctlib.format_chat`).
+    layer : int
+        As in Hugging Face's ``hidden_states``: the input of block `layer`.
+
+    Returns
+    -------
+    Tensor, (d,)
+        In the units of the residual stream, float32 on the CPU.
 
     Raises
     ------

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dctlib.fits.calibration import check_input_scale
 from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.base import DifferentiableMap
 from dctlib.maps.function import FunctionMap
@@ -16,9 +19,15 @@ from dctlib.maps.orthogonalise import normalise
 
 
 def cosine_clusters(vectors: Float[Tensor, "m d"], *, cosine: float = 0.5) -> list[int]:
-    """A number for each vector; those whose mean cosine is at least `cosine` share one (average linkage).
+    """Return a cluster number for each vector: clusters whose mean cosine is at least `cosine` are one.
 
-    The first vector of each number represents it, if the vectors are in the order of interest.
+    This is average linkage. Numbers count from 0 in the order of the vectors, so the first vector of each number
+    represents it where vectors are in the order of interest.
+
+    Raises
+    ------
+    ValueError
+        If `cosine` is not between −1 and 1.
     """
     if not -1 < cosine < 1:
         raise ValueError(f"got cosine={cosine}, expected it between -1 and 1")
@@ -40,7 +49,7 @@ class Similarity:
 
 
 def similarity(V: Float[Tensor, "m d"]) -> Similarity:
-    """Compare at least two unit rows with each other."""
+    """Return how alike at least two unit rows are."""
     if len(V) < 2:
         raise ValueError(f"got {len(V)} directions, expected at least 2 to compare")
     V = V.double()
@@ -60,51 +69,51 @@ class Recovery:
 
 
 def recovery(true: Float[Tensor, "k d"], found: Float[Tensor, "m d"], *, threshold: float = 0.99) -> Recovery:
-    """Compare unit rows; a direction and its negation count as the same."""
+    """Return how well unit rows `found` cover the unit rows `true`; a direction and its negation are the same."""
     best = (true.double() @ found.double().T).abs().max(dim=1).values
     return Recovery(best.mean().item(), (best > threshold).double().mean().item())
 
 
-def matched_cosine(
+def match_factors(
     one: Float[Tensor, "m d"], two: Float[Tensor, "k d"], *, signed: bool = True
-) -> Float[Tensor, " matches"]:
-    """Cosines of the pairs in which every factor has at most one partner and their sum is largest (Hungarian method).
+) -> tuple[Int[Tensor, " matches"], Int[Tensor, " matches"]]:
+    """Return the rows of `one` and of `two` that pair up so that the sum of cosines is largest (Hungarian method).
 
     Parameters
     ----------
     one, two : Tensor, (m, d) and (k, d)
-        Unit rows: V, or U, of two fits.
+        Unit rows: V, or U, of two fits. No row has two partners, so there are min(m, k) pairs.
     signed : bool
         Whether v and −v differ, as in exponential fits. Take False for linear and quadratic ones.
 
     Returns
     -------
-    Tensor, (min(m, k),)
-        Float64, in the order of the rows of `one` that have a partner.
+    tuple of Tensor, (min(m, k),) each
+        Numbers of the rows of `one`, rising, and of their partners in `two`.
 
     Raises
     ------
     ValueError
         If the widths differ, or there is no row.
     """
+    one, two = _double(one, two)
+    cosine = one @ two.T
+    rows, columns = linear_sum_assignment(cosine if signed else cosine.abs(), maximize=True)
+    return torch.as_tensor(rows), torch.as_tensor(columns)
+
+
+def matched_cosine(
+    one: Float[Tensor, "m d"], two: Float[Tensor, "k d"], *, signed: bool = True
+) -> Float[Tensor, " matches"]:
+    """Return the cosine of each pair of :func:`match_factors`, float64: |cosine| if not `signed`."""
     rows, columns = match_factors(one, two, signed=signed)
     one, two = _double(one, two)
     cosine = (one[rows] * two[columns]).sum(1)
     return cosine if signed else cosine.abs()
 
 
-def match_factors(
-    one: Float[Tensor, "m d"], two: Float[Tensor, "k d"], *, signed: bool = True
-) -> tuple[Int[Tensor, " matches"], Int[Tensor, " matches"]]:
-    """Numbers of the rows of `one` that :func:`matched_cosine` pairs, in order, and of their partners in `two`."""
-    one, two = _double(one, two)
-    cosine = one @ two.T
-    rows, columns = linear_sum_assignment((cosine if signed else cosine.abs()).numpy(), maximize=True)
-    return torch.as_tensor(rows), torch.as_tensor(columns)
-
-
 def subspace_overlap(one: Float[Tensor, "m d"], two: Float[Tensor, "k d"]) -> float:
-    """Mean squared cosine of the principal angles between the spans of two sets of rows.
+    """Return the mean squared cosine of the principal angles between the spans of two sets of rows.
 
     It is 1 if the smaller span lies in the larger, 0 if they are orthogonal, and about (larger dimension) / d for
     random ones. Rows may be more than d, or dependent.
@@ -114,16 +123,10 @@ def subspace_overlap(one: Float[Tensor, "m d"], two: Float[Tensor, "k d"]) -> fl
     ValueError
         If the widths differ, or a set has no row that is not 0.
     """
-    bases = [_basis(rows) for rows in _double(one, two)]
-    return torch.linalg.svdvals(bases[0] @ bases[1].T).square().mean().item()
-
-
-def _basis(rows: Tensor) -> Tensor:
-    """Orthonormal rows with the same span, up to float32's resolution."""
-    _, singular, right = torch.linalg.svd(rows, full_matrices=False)
-    if not singular[0] > 0:
+    one, two = _double(one, two)
+    if not one.any() or not two.any():
         raise ValueError("got only rows of zeros, expected a set that spans something")
-    return right[singular > singular[0] * max(rows.shape) * torch.finfo(torch.float32).eps]
+    return float((np.cos(subspace_angles(one.T, two.T)) ** 2).mean())
 
 
 def _double(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,7 @@ def _double(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probe_directions(dct: Transcoder, *, count: int, seed: int = 0) -> dict[str, Float[Tensor, "count d_source"]]:
-    """Unit directions to compare on: ``random`` ones, ``factors`` drawn from V, and ``mixed``, sums of two factors.
+    """Draw unit directions to compare on: ``random`` ones, ``factors`` of V, and ``mixed``, sums of two factors.
 
     Raises
     ------
@@ -155,7 +158,7 @@ def probe_directions(dct: Transcoder, *, count: int, seed: int = 0) -> dict[str,
 def reconstruction_error(
     cmap: DifferentiableMap, dct: Transcoder, directions: Float[Tensor, "n d_source"], *, input_scale: float
 ) -> Float[Tensor, " n"]:
-    """‖Δ(Rθ) − Δ̂‖ / ‖Δ(Rθ)‖ for every row θ, whatever the activation: 0 is perfect, 1 is no better than Δ̂ = 0.
+    """Return ‖Δ(Rθ) − Δ̂‖ / ‖Δ(Rθ)‖ for every row θ: 0 is perfect, 1 is no better than Δ̂ = 0.
 
     A transcoder stands for Δ at its own input scale (1 for linear and quadratic fits, the fit's R for exponential
     ones), so Δ(Rθ) is compared with Δ̂(θ · R / own).
@@ -174,24 +177,24 @@ def reconstruction_error(
     ValueError
         If the scale is not positive, or Δ vanishes along a direction.
     """
-    if not 0 < input_scale < float("inf"):
-        raise ValueError(f"got input_scale={input_scale}, expected a positive number, such as calibrate(cmap)")
-    return _relative(cmap(input_scale * directions), dct(input_scale / dct.input_scale * directions.to(dct.V)))
+    R = check_input_scale(input_scale)
+    return _relative_error(cmap(R * directions), dct(R / dct.input_scale * directions.to(dct.V)))
 
 
 def hessian_error(
     cmap: DifferentiableMap, dct: Transcoder, v: Float[Tensor, "n d_source"], w: Float[Tensor, "n d_source"]
 ) -> Float[Tensor, " n"]:
-    """‖T2(·, v, w) − T̂2(·, v, w)‖ / ‖T2(·, v, w)‖ at 0 for every pair of rows; 1 for a linear transcoder.
+    """Return ‖T2(·, v, w) − T̂2(·, v, w)‖ / ‖T2(·, v, w)‖ at 0 for every pair of rows; 1 for a linear transcoder.
+
+    This is the order k = 2 of the loss, equation 3, along pairs of directions.
 
     Raises
     ------
     ValueError
         If T2 vanishes along a pair.
     """
-    options = {"dtype": dct.V.dtype, "device": dct.V.device}
-    fitted = FunctionMap(dct, d_source=cmap.d_source, d_target=cmap.d_target, **options).second_derivative(v, w)
-    return _relative(dct.input_scale**2 * cmap.second_derivative(v, w), fitted)
+    fitted = FunctionMap(dct, d_source=cmap.d_source, d_target=cmap.d_target, dtype=dct.V.dtype, device=dct.V.device)
+    return _relative_error(dct.input_scale**2 * cmap.second_derivative(v, w), fitted.second_derivative(v, w))
 
 
 def median_errors(
@@ -203,32 +206,38 @@ def median_errors(
     seed: int = 0,
     along: Transcoder | None = None,
 ) -> dict[str, float]:
-    """The median :func:`reconstruction_error` on each kind of :func:`probe_directions`, and two of :func:`hessian_error`.
+    """Return the median :func:`reconstruction_error` on each kind of :func:`probe_directions`, and of two Hessians.
 
-    Those, ``Hessian, random`` and ``Hessian, factors``, are of T2(·, v, v) along a quarter of the `count` probes, as a
-    second derivative costs more.
+    ``Hessian, random`` and ``Hessian, factors`` are medians of :func:`hessian_error` along v, v for a quarter of the
+    `count` probes, because a second derivative costs more.
 
     Parameters
     ----------
+    input_scale : float
+        R, at which to compare.
+    count, seed : int
+        As in :func:`probe_directions`.
     along : Transcoder, optional
         Whose factors are probed: the same for transcoders that are to be compared. Left out, those of `dct`.
     """
-    rows = probe_directions(dct if along is None else along, count=count, seed=seed)
-    errors = {kind: reconstruction_error(cmap, dct, of, input_scale=input_scale) for kind, of in rows.items()}
+    probes = probe_directions(dct if along is None else along, count=count, seed=seed)
+    errors = {kind: reconstruction_error(cmap, dct, rows, input_scale=input_scale) for kind, rows in probes.items()}
     for kind in ("random", "factors"):
-        v = rows[kind][: max(1, count // 4)]
+        v = probes[kind][: max(1, count // 4)]
         errors[f"Hessian, {kind}"] = hessian_error(cmap, dct, v, v)
     return {kind: error.quantile(0.5).item() for kind, error in errors.items()}
 
 
 def merge_factors(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
-    """The transcoder with the factors of each group replaced by one: mean v, summed α u.
+    """Return the transcoder with the factors of each group replaced by one: mean v, summed α u.
 
-    The post's future work. Group them by :func:`dctlib.fits.compare.cosine_clusters` of V, and see what it costs in
+    This is the post's future work. Group factors by :func:`cosine_clusters` of V, and see what it costs in
     :func:`reconstruction_error`. Factors with the same v merge without loss.
 
     Parameters
     ----------
+    dct : Transcoder
+        Of m factors. What it recorded while it was fitted stays, but for the importance of factors.
     groups : sequence of int
         The number of each factor's group, from 0 on.
 
@@ -240,12 +249,13 @@ def merge_factors(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
     numbers = torch.as_tensor(groups, device=dct.V.device)
     if numbers.shape != (len(dct),) or numbers.unique().tolist() != list(range(int(numbers.max()) + 1)):
         raise ValueError(f"got groups={list(groups)}, expected a number from 0 on for each of {len(dct)} factors")
-    belongs = torch.nn.functional.one_hot(numbers).T.to(dct.V.dtype)  # (groups, m)
-    written = belongs @ (dct.alpha[:, None] * dct.U)
-    return replace(dct, U=normalise(written), V=normalise(belongs @ dct.V), alpha=written.norm(dim=1))
+    membership = torch.nn.functional.one_hot(numbers).T.to(dct.V.dtype)  # (groups, m)
+    U = membership @ (dct.alpha[:, None] * dct.U)
+    V = membership @ dct.V
+    return replace(dct, U=normalise(U), V=normalise(V), alpha=U.norm(dim=1), importance=None)
 
 
-def _relative(true: Tensor, found: Tensor) -> Tensor:
+def _relative_error(true: Tensor, found: Tensor) -> Tensor:
     length = true.norm(dim=1)
     if not (length > 0).all():
         raise ValueError("the map does not change along one of the directions, so no error relates to it; leave it out")

@@ -11,6 +11,12 @@ from torch import Tensor
 
 Product = Literal["value", "value_and_vjp", "vjp_at_zero", "jvp", "second_derivative", "second_derivative_vjp"]
 
+Source = Float[Tensor, "m d_source"]
+"""A vector of the source layer for each factor: θ, v or w."""
+
+Target = Float[Tensor, "m d_target"]
+"""A vector of the target layer for each factor: Δ(θ) or u."""
+
 
 class DifferentiableMap(ABC):
     """A map Δ: R^{d_source} → R^{d_target} with Δ(0) = 0, known by its products with vectors.
@@ -46,42 +52,32 @@ class DifferentiableMap(ABC):
     def _product(self, name: Product, **rows: Tensor) -> Tensor:
         """Compute the product of this name; ``value_and_vjp`` returns value and gradient side by side."""
 
-    def __call__(self, theta: Float[Tensor, "m d_source"]) -> Float[Tensor, "m d_target"]:
+    def __call__(self, theta: Source) -> Target:
         """Return Δ(θ_l) for every row."""
         return self._product("value", theta=theta)
 
-    def value_and_vjp(
-        self, theta: Float[Tensor, "m d_source"], cotangent: Float[Tensor, "m d_target"]
-    ) -> tuple[Float[Tensor, "m d_target"], Float[Tensor, "m d_source"]]:
+    def value_and_vjp(self, theta: Source, cotangent: Target) -> tuple[Target, Source]:
         """Return Δ(θ_l) and ∇_θ⟨u_l, Δ(θ_l)⟩, from one forward and one backward pass."""
         joined = self._product("value_and_vjp", theta=theta, cotangent=cotangent)
         return joined[:, : self.d_target].contiguous(), joined[:, self.d_target :].contiguous()
 
-    def vjp(
-        self, theta: Float[Tensor, "m d_source"], cotangent: Float[Tensor, "m d_target"]
-    ) -> Float[Tensor, "m d_source"]:
+    def vjp(self, theta: Source, cotangent: Target) -> Source:
         """Return J(θ_l)ᵀ u_l, where J is the Jacobian of Δ."""
         return self.value_and_vjp(theta, cotangent)[1]
 
-    def vjp_at_zero(self, cotangent: Float[Tensor, "m d_target"]) -> Float[Tensor, "m d_source"]:
+    def vjp_at_zero(self, cotangent: Target) -> Source:
         """Return T1ᵀ u_l: ``vjp`` at θ = 0, for less, because a chunk of rows shares one row's forward pass."""
         return self._product("vjp_at_zero", cotangent=cotangent)
 
-    def jvp(
-        self, theta: Float[Tensor, "m d_source"], tangent: Float[Tensor, "m d_source"]
-    ) -> Float[Tensor, "m d_target"]:
+    def jvp(self, theta: Source, tangent: Source) -> Target:
         """Return J(θ_l) v_l; at θ = 0 that is T1 v_l."""
         return self._product("jvp", theta=theta, tangent=tangent)
 
-    def second_derivative(
-        self, v: Float[Tensor, "m d_source"], w: Float[Tensor, "m d_source"]
-    ) -> Float[Tensor, "m d_target"]:
+    def second_derivative(self, v: Source, w: Source) -> Target:
         """Return T2(·, v_l, w_l): the second derivative of Δ at 0 along v_l and w_l."""
         return self._product("second_derivative", v=v, tangent=w)
 
-    def second_derivative_vjp(
-        self, u: Float[Tensor, "m d_target"], v: Float[Tensor, "m d_source"]
-    ) -> Float[Tensor, "m d_source"]:
+    def second_derivative_vjp(self, u: Target, v: Source) -> Source:
         """Return T2(u_l, v_l, ·): the gradient at 0 of ⟨u_l, J(θ) v_l⟩."""
         return self._product("second_derivative_vjp", cotangent=u, tangent=v)
 

@@ -1,4 +1,4 @@
-"""The nonlinearity σ of a transcoder."""
+"""The nonlinearity σ of a transcoder (equation 2)."""
 
 from typing import Literal, get_args
 
@@ -9,7 +9,7 @@ Activation = Literal["linear", "quadratic", "exponential"]
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """σ(x): x, x² or exp(x) − 1."""
+    """Return σ(x): x, x² or exp(x) − 1, or raise ValueError for another name."""
     match activation:
         case "linear":
             return x

@@ -1,4 +1,4 @@
-"""Rows of unit length, and keeping them apart between iterations: without it all collapse onto the strongest."""
+"""Rows of unit length, and ways to keep them apart, without which all factors collapse onto the strongest."""
 
 import torch
 from jaxtyping import Float
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def normalise(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """Rows divided by their lengths; rows of zeros stay zero."""
+    """Divide rows by their lengths; rows of zeros stay zero."""
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 def orthonormal_rows(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """Q of the QR decomposition of the rows of V, with R's diagonal positive.
+    """Return Q of the QR decomposition of the rows of V, m ≤ d, with R's diagonal positive (step 1 of Algorithm 3).
 
-    LAPACK leaves the signs of that diagonal open and usually makes them negative, which would turn v into −v: for an
-    exponential factor another function altogether.
+    LAPACK leaves the signs of that diagonal open and usually makes them negative, which would turn v into −v. For an
+    exponential factor that is another function.
     """
     Q, R = torch.linalg.qr(V.T)
     return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).T.contiguous()
@@ -23,12 +23,12 @@ def orthonormal_rows(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
 def softly_orthogonal_rows(
     V: Float[Tensor, "m d"], *, temperature: float = 0.3, rounds: int = 10
 ) -> Float[Tensor, "m d"]:
-    """Unit rows of V, pushed away from their near neighbours; rows that are far apart stay as they are.
+    """Push the unit rows of V away from their near neighbours; rows that are far apart stay as they are.
 
     In each of `rounds` rounds, row l loses Σ_k w_lk ⟨v_l, v_k⟩ v_k, where w_l is the softmax over k ≠ l of
-    |⟨v_l, v_k⟩| / `temperature`: the lower, the more the nearest neighbour alone counts. Unlike an orthonormal basis,
-    it hardly moves factors that overlap a little, and there may be more rows than columns. One round is too few to
-    keep strong factors from being found many times over (planted quadratic ones: .73 to .90 mean max cosine).
+    |⟨v_l, v_k⟩| / `temperature`. The lower that is, the more the nearest neighbour alone counts. Unlike QR, it hardly
+    moves factors that overlap a little, and there may be more rows than columns. One round is too few to keep strong
+    factors from being found many times over (planted quadratic ones: .73 to .90 mean max cosine).
     """
     V = normalise(V)
     for _ in range(rounds if len(V) > 1 else 0):

@@ -1,6 +1,7 @@
 """Capture the inputs of a slice of blocks once, and replay the slice under added vectors."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,14 @@ from dctlib.models.packing import PromptTree, pack_prompts
 
 @dataclass(frozen=True)
 class Capture:
-    """A run of some prompts: what is needed to replay a slice of blocks.
+    """The inputs of a slice of blocks in one run of some prompts: what its replay needs.
 
     Attributes
     ----------
     tokens : Tensor, (1, tokens)
-        Their ids; what some prompts share is there once.
+        Token ids; what some prompts share is there once.
     paths : list of Tensor, (t,)
-        For every prompt, where its tokens are, first to last.
+        For every prompt, the positions of its tokens in `tokens`, first to last.
     hidden : Tensor, (1, tokens, d)
         The residual stream at the input of the first block of the slice, before what :func:`dctlib.steer` adds there,
         which a replay inside the same context adds itself.
@@ -37,12 +38,12 @@ class Capture:
     calls: list[tuple[tuple, dict[str, Any]]]
 
     def last(self, positions: int = 1) -> Tensor:
-        """Where the last `positions` tokens of every prompt are, prompt after prompt: (prompts · positions,)."""
+        """Return where the last `positions` tokens of every prompt are, prompt after prompt: (prompts · positions,)."""
         return torch.cat([path[-positions:] for path in self.paths])
 
 
 def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: int) -> Capture:
-    """Run the prompts of a tree and keep the inputs of blocks source … target−1.
+    """Run the prompts of a tree once and return the inputs of blocks source … target−1.
 
     Call it inside :func:`dctlib.models.blocks.eager_attention`.
     """
@@ -57,22 +58,25 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
         hidden.append(residual.detach())
         calls.append((args, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
 
-    handles = []
-    try:
+    with ExitStack() as hooks, torch.no_grad():
         for block in list(get_blocks(model))[source:target]:
-            handles.append(block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True))  # noqa: PERF401
-        with torch.no_grad():
-            model.base_model(**tree.arguments(model), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+            handle = block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
+            hooks.callback(handle.remove)
+        model.base_model(**tree.arguments(model), use_cache=False)
     return Capture(tree.tokens, tree.paths, hidden[0], calls)
 
 
 def activations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, layer: int, positions: int = 3
 ) -> Float[Tensor, "n d"]:
-    """Mean of h_layer over the last `positions` tokens of each text, float32 on the CPU.
+    """Return the mean of h_layer over the last `positions` tokens of each text, float32 on the CPU.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Whole prompts (see :func:`dctlib.format_chat`).
+    layer : int
+        As in Hugging Face's ``hidden_states``: the input of block `layer`.
 
     Raises
     ------
@@ -90,7 +94,7 @@ def activations(
 
 
 def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tensor:
-    """Run the captured slice with θ_l added to h_s at every position: (m, d) → (m, tokens, d).
+    """Run the captured slice with θ_l added to h_s at every position, and return h_t: (m, d) → (m, tokens, d).
 
     Blocks may lie on several devices, where accelerate's hooks move what they are given; the result lies with h_s.
     """

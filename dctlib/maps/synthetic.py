@@ -13,7 +13,7 @@ from dctlib.maps.orthogonalise import normalise
 
 @dataclass(frozen=True, eq=False)
 class SyntheticMap:
-    """Δ(θ) = T1 θ + Σ_l α_l σ(⟨v_l, θ⟩) u_l with unit u_l, v_l drawn uniformly from the sphere.
+    """The map Δ(θ) = T1 θ + Σ_l α_l σ(⟨v_l, θ⟩) u_l with unit u_l, v_l drawn uniformly from the sphere.
 
     Attributes
     ----------
@@ -41,14 +41,23 @@ def synthetic_map(
     dtype: torch.dtype = torch.float32,
     chunk_size: int = 1024,
 ) -> SyntheticMap:
-    """A map with `count` planted factors in `d` dimensions, and a linear part T1 of Gaussian rows of norm `linear`.
+    """Return a map with `count` planted factors in `d` dimensions, to measure what a fit recovers.
 
     Random directions in high dimension are nearly orthogonal, the incoherence under which recovery is proved.
+
+    Parameters
+    ----------
+    activation : {"linear", "quadratic", "exponential"}
+        σ of the planted factors.
+    linear : float
+        Norm of the Gaussian rows of a linear part T1 beside them; 0 for none.
+    seed : int
+        Seed of the factors and of T1.
     """
     # A stream of its own: calibration and fits draw Gaussian rows from `seed`, which would be the planted ones.
     generator = torch.Generator().manual_seed(seed + 1_000_003)
-    U, V = (torch.randn(count, d, generator=generator, dtype=dtype) for _ in range(2))
-    U, V = (normalise(rows) for rows in (U, V))
+    U = normalise(torch.randn(count, d, generator=generator, dtype=dtype))
+    V = normalise(torch.randn(count, d, generator=generator, dtype=dtype))
     alpha = torch.linspace(1.5, 0.5, count, dtype=dtype)
     T1 = linear * d**-0.5 * torch.randn(d, d, generator=generator, dtype=dtype) if linear else None
 

@@ -106,3 +106,15 @@ def test_many_tries_stay_exact():
 def test_anything_but_a_matrix_of_bool_is_refused(curve, success):
     with pytest.raises(ValueError, match=r"expected bool \(m, n\)"):
         curve(success)
+
+
+def test_interval_covers_the_mean_and_narrows():
+    few, many = interval([0.0, 1.0] * 5), interval([0.0, 1.0] * 200)
+    assert few.low < few.mean == 0.5 < few.high
+    assert many.high - many.low < (few.high - few.low) / 3
+    assert interval([0.0, 1.0] * 5) == few
+
+
+def test_one_value_has_no_interval():
+    with pytest.raises(ValueError, match="at least 2"):
+        interval([1.0])

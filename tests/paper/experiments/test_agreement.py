@@ -20,7 +20,7 @@ from dctlib.fits.compare import (
 from dctlib.models.fingerprint import fingerprint_model
 from dctlib.paper.experiments.agreement import fit_agreement, same_change
 from dctlib.paper.organisms.training import save_organism
-from dctlib.steering.effects import effects
+from dctlib.steering.effects import Effects, effects
 
 WORDS = [f"w{i}" for i in range(9)]
 FIT: dict[str, Any] = {"num_factors": 4, "iterations": 2}
@@ -90,3 +90,15 @@ def test_the_merged_transcoder_is_probed_along_the_factors_that_were_merged(foun
     options = {"input_scale": of["input_scale"], "count": 8, "seed": 0}
     assert of["errors"]["merged"] == pytest.approx(median_errors(cmap, fewer, **options, along=first), rel=1e-3)
     assert of["errors"]["merged"] != pytest.approx(median_errors(cmap, fewer, **options), rel=1e-2)
+
+
+def test_behaviour_is_shared_where_both_change_a_token_to_the_same():
+    clean = torch.tensor([1, 1, 1, 1])
+    one, two, none = (
+        Effects(torch.zeros(1, 4), torch.tensor([token]), clean) for token in ([1, 2, 2, 1], [1, 2, 3, 4], [1, 1, 1, 1])
+    )
+    assert same_change(one, two) == pytest.approx(1 / 3)  # the first is changed by none
+    assert same_change(one, one) == 1.0
+    assert same_change(none, none) is None  # not 1: nothing was seen
+    with pytest.raises(ValueError, match=r"\(1, 4\) and \(2, 4\)"):
+        same_change(one, Effects(torch.zeros(2, 4), torch.ones(2, 4), clean))
