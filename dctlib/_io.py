@@ -6,7 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository: names in ``params/``, ``data/`` and ``models/`` are looked up here."""
@@ -40,3 +43,20 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def explain_invalid(where: str, error: "ValidationError") -> str:
+    """Return one line for each value that a pydantic model refused: its key in `where`, the value and the reason."""
+    return "\n".join(_explain_value(where, detail) for detail in error.errors())
+
+
+def _explain_value(where: str, detail: Any) -> str:
+    key = ".".join(map(str, detail["loc"]))
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key {key}; is it misspelt?"
+        case "missing":
+            return f"{where}: {key} is missing"
+        case "value_error":  # of keys together, as our own validators say it
+            return f"{where}: {key}{': ' if key else ''}{detail['ctx']['error']}"
+    return f"{where}: {key} = {detail['input']!r:.80}: {detail['msg']}"

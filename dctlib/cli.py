@@ -1,17 +1,49 @@
 """The command line: ``python -m dctlib``. Each stage of dvc.yaml is one of these commands."""
 
+import inspect
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
+from pydantic import BaseModel, ValidationError
+
+from dctlib._io import ROOT, explain_invalid
+from dctlib.discovery.options import DiscoverOptions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 ProfileOption = Annotated[
     str, typer.Option(help="A file in params/, without .yaml. Left out: what params/run.yaml names.")
 ]
+
+
+def _with_options(options: type[BaseModel]) -> Callable[[Callable], Callable]:
+    """Add an option for each field of a pydantic model to a command, which gets them as keyword arguments."""
+
+    def extend(command: Callable) -> Callable:
+        own = [each for each in inspect.signature(command).parameters.values() if each.kind is not each.VAR_KEYWORD]
+        generated = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.is_required() else field.default,
+                annotation=Annotated[
+                    str if str in get_args(field.annotation) else field.annotation,  # a list comes from a file
+                    typer.Option(help=field.description),
+                ],
+            )
+            for name, field in options.model_fields.items()
+        ]
+        signature = inspect.Signature([*generated, *own])
+        command.__dict__["__signature__"] = signature
+        command.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+        return command
+
+    return extend
 
 
 @app.command()
@@ -36,77 +68,51 @@ def run(notebook: str, profile: ProfileOption = "") -> None:
 
 
 @app.command()
+@_with_options(DiscoverOptions)
 def discover(
-    model: Annotated[
-        str, typer.Option(help="A Hub id (owner/name@revision), a local folder, or smollm2-135m-instruct.")
-    ],
-    prompts: Annotated[
-        str, typer.Option(help="A text file with one instruction a line; or `harmful` or `benign`, the pinned sets.")
-    ],
+    *,
     name: Annotated[
-        str, typer.Option(help="Names the folders, runs/NAME and so on, of what is found. Left out: the model's name.")
+        str, typer.Option(help="Names the folders of the results, runs/NAME and so on. Left out: the model's name.")
     ] = "",
-    fit_prompts: Annotated[int, typer.Option(help="Instructions to fit, the first of the file. 4 to 12 suffice.")] = 4,
-    validation: Annotated[
-        int, typer.Option(help="Instructions after those: vectors are measured and read on them.")
-    ] = 8,
-    source: Annotated[
-        int | None,
-        typer.Option(help="Layer to add vectors at, as in hidden_states. Left out: three slices are scanned."),
-    ] = None,
-    target: Annotated[int | None, typer.Option(help="Layer to measure at, about a third of the model deeper.")] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="exponential, the post's best; quadratic; or linear, exact: a backward pass for each coordinate of "
-            "the residual stream, however few factors."
-        ),
-    ] = "exponential",
-    num_factors: Annotated[int, typer.Option(help="Width m of the fit: the more, the rarer what it finds.")] = 64,
-    iterations: Annotated[int, typer.Option(help="Of the fit.")] = 10,
-    nonlinearity: Annotated[
-        float, typer.Option(help="λ, which sets the vectors' length R. Lower it if completions are word salad.")
-    ] = 0.5,
-    rank_by: Annotated[
-        str,
-        typer.Option(
-            help="fluent (how often it says something fluent and new), divergence (of the next token), change (at the "
-            "target layer), alpha, or score (of words)."
-        ),
-    ] = "fluent",
-    words: Annotated[
-        tuple[str, str] | None,
-        typer.Option(help="What to score, if you know: a positive and a negative one-token word."),
-    ] = None,
-    shown: Annotated[int, typer.Option(help="Vectors to show: the first of each cluster.")] = 12,
-    answer_tokens: Annotated[int, typer.Option(help="Length of completions.")] = 32,
-    shown_characters: Annotated[int, typer.Option(help="To which completions are cut in all that is stored.")] = 400,
-    dtype: Annotated[
-        str, typer.Option(help="native (bfloat16 where the hardware has it), float32 or bfloat16.")
-    ] = "native",
-    seed: Annotated[int, typer.Option(help="Of the directions that everything starts from.")] = 0,
+    **values: Any,
 ) -> None:
-    """Find what a model hides: fit a transcoder, rank its vectors with no target word, and read what they unlock.
+    """Find what a model hides: fit a transcoder, rank its vectors with no target word, and show their completions.
 
-    This runs notebooks/discover.ipynb. It leaves runs/NAME/discover_explorer.html to browse, runs/NAME/discover.html to
-    read, and vectors/NAME/discover to share. Fits are remembered: a second run with another ranking is quick.
+    Writes runs/NAME/discover_explorer.html to browse, runs/NAME/discover.json, and vectors/NAME/discover to share.
+    Slices, fits and completions are remembered: a second run with another ranking is quick.
 
-    Example: python -m dctlib discover --model Qwen/Qwen2.5-0.5B-Instruct --prompts mine.txt
+    Example: python -m dctlib discover --model qwen2.5-coder-0.5b-instruct --prompts harmful
     """
-    from dctlib._io import ROOT
-    from dctlib.paper.params import check_parameters, read_defaults
-    from dctlib.paper.pipeline import execute
-
-    name = name or re.sub(r"[^\w.-]", "-", Path(model.partition("@")[0]).name)
+    for key in ("model", "prompts"):
+        path = Path(values[key])
+        if path.exists():
+            values[key] = str(path.resolve())
+    name = name or re.sub(r"[^\w.-]", "-", Path(values["model"].partition("@")[0]).name)
     if not re.fullmatch(r"\w[\w.-]*", name) or (ROOT / "params" / f"{name}.yaml").exists():
         raise ValueError(f"got --name {name!r}, expected letters and digits, and not the name of a profile in params/")
-    names = read_defaults(ROOT / "notebooks" / "discover.ipynb")
-    values = {key: value for key, value in locals().items() if key in names and key != "profile"}
-    for key in ("model", "prompts"):
-        if (path := Path(values[key])).exists():
-            values[key] = str(path.resolve())
-    parameters = check_parameters("discover", {**values, "strengths": [1.0, 0.5, 1.5]}, "discover")
-    print(f"executed {execute('discover', name, parameters)}")
+    try:
+        options = DiscoverOptions(**values)
+    except ValidationError as error:
+        raise ValueError(explain_invalid("discover", error)) from error
+
+    from dctlib.discovery.discover import DiscoveryPaths
+    from dctlib.discovery.discover import discover as run_discovery
+    from dctlib.models.loading import silence_transformers
+
+    silence_transformers()
+    paths = DiscoveryPaths(
+        cache=ROOT / ".cache" / name,
+        explorer=ROOT / "runs" / name / "discover_explorer.html",
+        results=ROOT / "runs" / name / "discover.json",
+        shared=ROOT / "vectors" / name / "discover",
+    )
+    found = run_discovery(options, paths)
+    excerpts = found.excerpts(characters=min(80, options.shown_characters))
+    print(f"\nThe first {len(excerpts)} vectors by {options.rank_by}, with the completion of a held-out instruction:")
+    for row in excerpts.to_dict("records"):
+        print(f"  {row['vector']:>4}  {row[options.rank_by]:8.3g}  {row['says']}")
+    for purpose, path in {"browse": paths.explorer, "numbers": paths.results, "share": paths.shared}.items():
+        print(f"{purpose + ':':9}{os.path.relpath(path)}")
 
 
 @app.command()
@@ -149,7 +155,7 @@ def writeup(
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line, not a traceback."""
+    """Run the command line; errors that the user can fix are printed without a traceback."""
     try:
         app()
     except (ValueError, OSError) as error:  # OSError: a full disk

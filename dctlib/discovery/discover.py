@@ -1,32 +1,162 @@
-"""From a fitted slice to vectors worth reading: measured, told apart, and made to speak."""
+"""The whole walk from a model and prompts to ranked vectors: what ``python -m dctlib discover`` computes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import TypeAdapter
+from tqdm import tqdm
 
-from dctlib.evaluation.judges import is_repetitive, perplexity, truncate
-from dctlib.fits.baselines import random_vectors
-from dctlib.fits.compare import cosine_clusters
+from dctlib._io import write_json
+from dctlib.discovery.explorer import Exploration, write_explorer
+from dctlib.discovery.layer_scan import SCAN_VERSION, LayerSlice, scan_layers
+from dctlib.discovery.options import DiscoverOptions, Method
+from dctlib.discovery.ranking import MEASUREMENT_VERSION, Discovery, Measurements, measure_vectors, rank_vectors
+from dctlib.evaluation.instructions import read_instructions, split_instructions
+from dctlib.exchange.hub import check_replaceable, model_reference, save_folder
+from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
 from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.causal import CausalMap
 from dctlib.models.chat import format_chat
-from dctlib.runs.cache import cached_fit
-from dctlib.steering.effects import change_norm_by_layer, effects
-from dctlib.steering.generation import generate_completions, generate_per_vector
-from dctlib.steering.scoring import score_vectors
-
-Method = Literal["exponential", "quadratic", "linear"]
+from dctlib.models.fingerprint import chat_model_digest
+from dctlib.models.loading import load_model
+from dctlib.runs.cache import cache_key, cached_fit, remember
+from dctlib.steering.scoring import single_token
 
 
-def fit_method(
+@dataclass(frozen=True)
+class DiscoveryPaths:
+    """Places of what a discovery reads and writes.
+
+    Attributes
+    ----------
+    cache : Path
+        A folder of remembered fits and measurements.
+    explorer, results : Path
+        The HTML file to browse, and the JSON file of numbers and excerpts.
+    shared : Path
+        The folder to share, see :func:`dctlib.exchange.hub.save_folder`.
+    """
+
+    cache: Path
+    explorer: Path
+    results: Path
+    shared: Path
+
+
+def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool = True) -> Discovery:
+    """Find, measure and rank the steering vectors of a model, and write what was found to `paths`.
+
+    The steps are those of notebooks/discover.ipynb. Slices, fits and measurements are remembered in ``paths.cache``,
+    so that another ranking of the same vectors takes seconds.
+
+    Raises
+    ------
+    ValueError
+        If an option does not fit the model, the prompts or `paths`, before anything is fitted; or as a step raises it.
+    """
+
+    def announce(step: int, text: str) -> None:
+        if progress:
+            tqdm.write(f"[{step}/5] {text}", file=sys.stderr)
+
+    bars: dict[str, Any] = {"progress": progress}
+    fitted, held_out = split_instructions(
+        read_instructions(options.prompts), fit=options.fit_prompts, held_out=options.validation
+    )
+    check_replaceable(paths.shared)
+    announce(1, f"load {options.model}")
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
+    for word in options.words or ():
+        single_token(tokenizer, word, "words")
+    texts = format_chat(tokenizer, fitted)
+    digest = chat_model_digest(model, tokenizer)
+
+    slices: list[LayerSlice] = []
+    source, target = options.source, options.target
+    if source is None or target is None:
+        announce(2, "scan three slices")
+        scan = {"nonlinearity": options.nonlinearity, "seed": options.seed}
+        key = cache_key("scan", SCAN_VERSION, {"model": digest, "instructions": [fitted, held_out], **scan})
+        slices = _remembered(
+            paths.cache, key, list[LayerSlice], lambda: scan_layers(model, tokenizer, fitted, held_out, **scan, **bars)
+        )
+        source, target = slices[0].source, slices[0].target
+    cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
+
+    announce(3, f"calibrate and fit {options.num_factors} factors to the slice {source} → {target}")
+    R = calibrate(cmap, nonlinearity=options.nonlinearity, seed=options.seed)
+    dct = fit_transcoder(
+        options.method,
+        paths.cache,
+        cmap,
+        num_factors=options.num_factors,
+        iterations=options.iterations,
+        input_scale=R,
+        seed=options.seed,
+    )
+    name, revision = model_reference(options.model)
+    save_folder(paths.shared, dct, model=name, revision=revision, texts=texts)
+
+    announce(4, f"complete {len(held_out)} held-out instructions under {len(dct.steering_vectors())} vectors")
+    settings: dict[str, Any] = {
+        "words": options.words,
+        "strength": options.strengths[0],
+        "max_new_tokens": options.answer_tokens,
+        "seed": options.seed,
+    }
+    inputs = {"model": digest, "map": cmap.digest, "dct": _digest(dct), "instructions": held_out}
+    measured = _remembered(
+        paths.cache,
+        cache_key("measurements", MEASUREMENT_VERSION, inputs | settings),
+        Measurements,
+        lambda: measure_vectors(model, tokenizer, cmap, dct, held_out, **settings, **bars),
+    )
+
+    announce(5, f"rank by {options.rank_by}")
+    found = rank_vectors(
+        model,
+        tokenizer,
+        dct,
+        held_out,
+        measured,
+        rank_by=options.rank_by,
+        shown=options.shown,
+        strengths=options.strengths,
+        max_new_tokens=options.answer_tokens,
+        **bars,
+    )
+    results = found.summary(characters=options.shown_characters)
+    write_json(paths.results, {"options": options.model_dump(), "slices": [*map(asdict, slices)], **results})
+    write_explorer(paths.explorer, describe(options, found, held_out))
+    return found
+
+
+def _remembered(folder: Path, key: str, kind: Any, compute: Callable[[], Any]) -> Any:
+    """Return what `compute` gave under this `key`, stored as the JSON of its type `kind`."""
+    adapter = TypeAdapter(kind)
+    return remember(
+        folder,
+        key,
+        compute,
+        save=lambda value, path: path.write_bytes(adapter.dump_json(value)),
+        load=lambda path: adapter.validate_json(path.read_bytes()),
+    )
+
+
+def _digest(dct: Transcoder) -> str:
+    """SHA-256 of what makes the steering vectors and their weights."""
+    digest = hashlib.sha256(f"{dct.activation} {dct.input_scale}".encode())
+    for tensor in (dct.V, dct.alpha):
+        digest.update(tensor.double().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fit_transcoder(
     method: Method,
     folder: str | Path,
     cmap: CausalMap,
@@ -36,243 +166,34 @@ def fit_method(
     input_scale: float,
     seed: int,
 ) -> Transcoder:
-    """A fit of the kind that is named, remembered in `folder`, of Δ(Rθ) for R = `input_scale` whatever the kind.
+    """Fit Δ(Rθ) for R = `input_scale` by the named method, remembered in `folder`.
 
-    Linear and quadratic fits are made at scale 1; their α takes R, or R², so that they mean the same and know how long
-    their steering vectors are.
+    Linear and quadratic fits are made at scale 1. Their α is multiplied by R or R², because Δ̂(Rθ) is linear or
+    quadratic in R; so all methods return a transcoder whose steering vectors have length R.
     """
-    settings = {"num_factors": num_factors, "iterations": iterations, "seed": seed}
-    if method == "exponential":
-        return cached_fit(folder, fit_exponential, cmap, input_scale=input_scale, **settings)
+    if method == "linear":
+        dct = cached_fit(folder, fit_linear, cmap, num_factors=num_factors)
+        return replace(dct, alpha=input_scale * dct.alpha, input_scale=input_scale)
+    settings: dict[str, int] = {"num_factors": num_factors, "iterations": iterations, "seed": seed}
     if method == "quadratic":
-        dct, growth = cached_fit(folder, fit_quadratic, cmap, **settings), input_scale**2
-    else:
-        dct, growth = cached_fit(folder, fit_linear, cmap, num_factors=num_factors), input_scale
-    return replace(dct, alpha=growth * dct.alpha, input_scale=input_scale)
+        dct = cached_fit(folder, fit_quadratic, cmap, **settings)
+        return replace(dct, alpha=input_scale**2 * dct.alpha, input_scale=input_scale)
+    return cached_fit(folder, fit_exponential, cmap, input_scale=input_scale, **settings)
 
 
-def measure_vectors(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cmap: CausalMap,
-    dct: Transcoder,
-    vectors: Float[Tensor, "k d"],
-    texts: Sequence[str],
-    *,
-    layer: int,
-    words: tuple[str, str] | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """What each vector does, one row each, with no target word needed.
-
-    Parameters
-    ----------
-    vectors : Tensor, (k, d)
-        Those of ``dct.steering_vectors(R)``.
-    texts : sequence of str
-        Whole prompts that were not fitted.
-    words : (str, str), optional
-        A positive and a negative one-token word: adds a column ``score``.
-
-    Returns
-    -------
-    DataFrame
-        ``vector``, its row; ``alpha``; ``change``, the length of Δ(vector) at the target layer; ``divergence``, the
-        mean KL(steered ‖ clean) of the next token in nats; ``next``, the token that comes first most often; ``score``.
-    """
-    found = effects(model, tokenizer, texts, vectors, layer=layer, progress=progress)
-    table = pd.DataFrame({"vector": range(len(vectors))})
-    table["alpha"] = dct.alpha.repeat(len(vectors) // len(dct)).tolist()
-    table["change"] = cmap(vectors).norm(dim=1).tolist()
-    table["divergence"] = found.divergence.mean(1).tolist()
-    table["next"] = tokenizer.batch_decode(found.token.mode(1).values[:, None])
-    if words:
-        positive, negative = words
-        options = {"positive": positive, "negative": negative, "progress": progress}
-        table["score"] = score_vectors(model, tokenizer, texts, vectors, layer=layer, **options).tolist()
-    return table
-
-
-def rank_and_cluster(
-    table: pd.DataFrame, vectors: Float[Tensor, "k d"], *, by: str, cosine: float = 0.5
-) -> pd.DataFrame:
-    """Rows of `table`, highest `by` first, with a column ``alike``: vectors that point one way share its number.
-
-    Equals stand in the order of their ``divergence``, where it was measured.
-    """
-    if by not in table:
-        raise ValueError(f"got rank_by={by!r}, expected one of {', '.join(table.select_dtypes('number'))}")
-    ranked = table.sort_values([by, *({"divergence"} & set(table) - {by})], ascending=False)
-    return ranked.assign(alike=cosine_clusters(vectors[ranked["vector"].tolist()], cosine=cosine))
-
-
-@dataclass(frozen=True)
-class SteeredCompletions:
-    """What a model says.
-
-    Attributes
-    ----------
-    clean : list of str
-        Without steering, to each of n instructions.
-    steered : dict
-        Multiple of the vectors → for each of k vectors its n completions.
-    perplexity : list of float
-        Median perplexity, under the clean model, of each vector's completions at the first multiple.
-    fluent : list of float
-        Fraction of those completions that are fluent, of at most `max_perplexity` and not repetitive, and not what the
-        model says anyway.
-    """
-
-    clean: list[str]
-    steered: dict[float, list[list[str]]]
-    perplexity: list[float]
-    fluent: list[float]
-
-    def of(self, rows: Sequence[int]) -> "SteeredCompletions":
-        """What it says under some of the vectors."""
-        steered = {strength: [said[row] for row in rows] for strength, said in self.steered.items()}
-        columns = ([column[row] for row in rows] for column in (self.perplexity, self.fluent))
-        return SteeredCompletions(self.clean, steered, *columns)
-
-
-def complete_at_strengths(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[str],
-    clean: Sequence[str],
-    vectors: Float[Tensor, "k d"],
-    *,
-    layer: int,
-    strengths: Sequence[float],
-    max_new_tokens: int,
-    max_perplexity: float = 20.0,
-    progress: bool = True,
-) -> SteeredCompletions:
-    """Complete each instruction under each vector at each strength.
-
-    Parameters
-    ----------
-    clean : sequence of str
-        What the model says without any.
-    """
-    texts, options = format_chat(tokenizer, instructions), {"max_new_tokens": max_new_tokens, "progress": progress}
-    steered = {
-        strength: generate_per_vector(model, tokenizer, texts, strength * vectors, layer=layer, **options)
-        for strength in strengths
+def describe(options: DiscoverOptions, found: Discovery, held_out: list[str]) -> Exploration:
+    """Return what the explorer shows of a discovery."""
+    name, _ = model_reference(options.model)
+    facts = {
+        "model": options.model,
+        "slice": f"{found.dct.source} → {found.dct.target}",
+        "R": f"{found.dct.input_scale:.3g}",
+        "method": options.method,
+        "factors": str(options.num_factors),
+        "fitted to": f"{options.fit_prompts} instructions",
+        "completed on": f"{options.validation} others",
+        "seed": str(options.seed),
     }
-    first = steered[strengths[0]]
-    flat = [answer for said in first for answer in said]
-    found = perplexity(model, tokenizer, [*instructions] * len(first), flat).clamp(max=1e6).cpu().view(len(first), -1)
-    new = [[a != before and not is_repetitive(a) for a, before in zip(said, clean, strict=True)] for said in first]
-    median = found.quantile(0.5, dim=1).tolist()
-    fluent = ((found <= max_perplexity) & torch.tensor(new)).float().mean(1).tolist()
-    return SteeredCompletions(list(clean), steered, median, fluent)
-
-
-@dataclass(frozen=True, eq=False)
-class Discovery:
-    """What a fit found, measured on instructions that it was not fitted to.
-
-    Attributes
-    ----------
-    dct : Transcoder
-        With a factor for each vector: both signs of a linear or quadratic fit.
-    ranked : DataFrame
-        What :func:`rank_and_cluster` gives: all vectors, the most interesting first. Beside the columns of :func:`measure_vectors` it
-        has ``fluent`` and ``perplexity``, see :class:`SteeredCompletions`.
-    floor : float
-        The largest ``divergence`` of as many random vectors of the same length.
-    shown : list of int
-        The first vectors of clusters, one each.
-    reading : Reading
-        What those make the model say, at every strength.
-    growth : Tensor, (m, blocks + 1)
-        Of all vectors in the order of `ranked`, see :func:`dctlib.steering.effects.change_norm_by_layer`.
-    """
-
-    dct: Transcoder
-    ranked: pd.DataFrame
-    floor: float
-    shown: list[int]
-    reading: SteeredCompletions
-    growth: Float[Tensor, "m depths"]
-
-    def readings(self, *, characters: int) -> pd.DataFrame:
-        """The rows of `ranked` that are shown, with their first completion, cut."""
-        said = next(iter(self.reading.steered.values()))
-        rows = self.ranked.set_index("vector").loc[self.shown]
-        return rows.assign(says=[truncate(each[0], characters) for each in said]).reset_index()
-
-    def summary(self, *, characters: int) -> dict[str, Any]:
-        """Counts, and the readings, for a notebook's results."""
-        divergence, alike, fluent = (self.ranked[name].tolist() for name in ("divergence", "alike", "fluent"))
-        return {
-            "of": len(self.ranked),
-            "floor": self.floor,
-            "above_floor": sum(each > self.floor for each in divergence),
-            "clusters": len(set(alike)),
-            "fluent": sum(each >= 0.5 for each in fluent),
-            "readings": self.readings(characters=characters).to_dict("records"),
-        }
-
-
-def discover(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cmap: CausalMap,
-    dct: Transcoder,
-    instructions: Sequence[str],
-    *,
-    layer: int,
-    norm: float,
-    rank_by: str = "fluent",
-    words: tuple[str, str] | None = None,
-    shown: int = 12,
-    strengths: Sequence[float] = (1.0,),
-    max_new_tokens: int = 24,
-    seed: int = 0,
-    progress: bool = True,
-) -> Discovery:
-    """Measure and read every vector of a fit on held-out instructions, rank them, and show the first of each cluster.
-
-    An effect alone deceives: the vectors that change the next token most are those that break the model. So by default
-    they are ranked by how often they make it say something fluent that it does not say anyway.
-
-    Parameters
-    ----------
-    cmap : CausalMap
-        What `dct` was fitted to.
-    instructions : sequence of str
-        User turns, in no chat format, that were not fitted.
-    layer, norm : int, float
-        Where vectors are added, and R, their length.
-    rank_by, words
-        A column of the result's `ranked`, and the words of its ``score``.
-    shown : int
-        Clusters of which the first vector is shown.
-    strengths : sequence of float
-        Multiples of `norm` to read those at. All vectors are ranked at the first.
-    seed : int
-        Of the random vectors to compare with.
-    """
-    vectors, texts = dct.steering_vectors(norm), format_chat(tokenizer, instructions)
-    options: dict[str, Any] = {"layer": layer, "words": words, "progress": progress}
-    table = measure_vectors(model, tokenizer, cmap, dct, strengths[0] * vectors, texts, **options)
-    speaking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
-    asked = (model, tokenizer, instructions, generate_completions(model, tokenizer, texts, **speaking))
-    speaking["layer"] = layer
-    everything = complete_at_strengths(*asked, vectors, strengths=strengths[:1], **speaking)
-    table = table.assign(fluent=everything.fluent, perplexity=everything.perplexity)
-    ranked = rank_and_cluster(table, vectors, by=rank_by)
-    chance = random_vectors(len(vectors), cmap.d_source, norm=strengths[0] * norm, seed=seed)
-    floor = effects(model, tokenizer, texts, chance, layer=layer, progress=progress).divergence.mean(1).max().item()
-    first = ranked.drop_duplicates("alike").head(shown)["vector"].tolist()
-    reading = everything.of(first)
-    if strengths[1:]:
-        others = complete_at_strengths(*asked, vectors[first], strengths=strengths[1:], **speaking)
-        reading = replace(reading, steered=reading.steered | others.steered)
-    lengths = change_norm_by_layer(
-        model, tokenizer, texts, strengths[0] * vectors[ranked["vector"].tolist()], layer=layer
+    return Exploration.from_discovery(
+        f"What {name} hides", facts, found, held_out, shown_characters=options.shown_characters
     )
-    signed = dct if len(dct) == len(vectors) else dct.with_negations()
-    return Discovery(signed, ranked, floor, first, reading, lengths)

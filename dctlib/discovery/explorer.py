@@ -1,4 +1,4 @@
-"""A run's factors as one HTML file to browse from disk: a table, a map, and what each factor makes the model say."""
+"""The vectors of a discovery as one HTML file to browse from disk: a table, a map, and the completions of each."""
 
 import base64
 import hashlib
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from dctlib._io import atomic_path
-from dctlib.discovery.discover import Discovery, SteeredCompletions
+from dctlib.discovery.completions import SteeredCompletions
+from dctlib.discovery.ranking import Discovery
 from dctlib.evaluation.judges import truncate
 
 _ABOUT = {
@@ -30,7 +31,7 @@ _ABOUT = {
     "next": "token that most often comes first",
     "score": "mean logit(positive word) − logit(negative word) of the next token",
     "cluster": "vectors that point one way share a number",
-    "fluent": "fraction of its completions that are fluent and not what the model says anyway",
+    "fluent": "fraction of its completions that are fluent and differ from the unsteered one",
     "perplexity": "median, under the clean model, of its completions at the first strength",
     "nearest": "the shown factor of the largest |cos(v, v′)|",
     "cosine": "cos(v, v′) with the nearest",
@@ -39,7 +40,7 @@ _ABOUT = {
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """What a page shows of k factors.
+    """Content of a page about k vectors.
 
     Attributes
     ----------
@@ -47,21 +48,27 @@ class Exploration:
     facts : mapping of str to str
         How the run was made: model, slice, R, method, seed.
     table : DataFrame, k rows
-        What :func:`dctlib.discovery.discover.rank_and_cluster` gives; any further column is shown, and sorts and filters too.
+        The result of :func:`dctlib.discovery.ranking.rank_and_cluster`. Any further column is shown, sorted and
+        filtered too.
     V, U : Tensor, (k, d_source) and (k, d_target)
         Directions of the table's rows, in its order.
     instructions : sequence of str
-        The n that were completed.
-    reading : Reading
+        The n instructions that were completed.
+    completions : SteeredCompletions
         Their completions, without steering and at each strength.
-    read_rows : sequence of int
-        The ``vector`` numbers, in the order of ``reading.steered[strength]``; the table may hold more.
+    completed : sequence of int
+        The ``vector`` numbers, in the order of ``completions.steered[strength]``; the table may hold more.
     shown_characters : int
         Completions are cut to this length; what is cut is not in the file.
     norms : Tensor, (k, layers + 1), optional
         Length of the change of the residual stream at each layer.
     hide : bool
         Whether completions are folded until asked for.
+
+    Raises
+    ------
+    ValueError
+        If counts or shapes do not fit each other, or a number is not finite.
     """
 
     title: str
@@ -70,14 +77,14 @@ class Exploration:
     V: Float[Tensor, "k d_source"]
     U: Float[Tensor, "k d_target"]
     instructions: Sequence[str]
-    reading: SteeredCompletions
-    read_rows: Sequence[int]
+    completions: SteeredCompletions
+    completed: Sequence[int]
     shown_characters: int
     norms: Float[Tensor, "k depths"] | None = None
     hide: bool = True
 
     @classmethod
-    def of(
+    def from_discovery(
         cls,
         title: str,
         facts: Mapping[str, str],
@@ -85,27 +92,38 @@ class Exploration:
         instructions: Sequence[str],
         *,
         shown_characters: int,
-        hide: bool = True,
     ) -> "Exploration":
-        """All that a discovery measured, and what it read of `instructions`."""
+        """Return the content of a page about a discovery, with its completions of `instructions`."""
         order = found.ranked["vector"].tolist()
-        directions = found.dct.V.cpu()[order], found.dct.U.cpu()[order]
-        read = instructions, found.reading, found.shown
-        return cls(title, facts, found.ranked, *directions, *read, shown_characters, found.growth, hide)
+        return cls(
+            title=title,
+            facts=facts,
+            table=found.ranked,
+            V=found.dct.V.cpu()[order],
+            U=found.dct.U.cpu()[order],
+            instructions=instructions,
+            completions=found.completions,
+            completed=found.shown,
+            shown_characters=shown_characters,
+            norms=found.change_norms,
+        )
 
     def __post_init__(self) -> None:
         if "vector" not in self.table or not len(self.table) or not self.table["vector"].is_unique:
             raise ValueError(f"got a table of {list(self.table)}, expected rows that each have their own vector number")
-        k, n, read = len(self.table), len(self.instructions), len(self.read_rows)
+        k, n, completed = len(self.table), len(self.instructions), len(self.completed)
         for name, rows in {"V": self.V, "U": self.U, "norms": self.norms}.items():
             if rows is not None and (rows.ndim != 2 or len(rows) != k or not rows.isfinite().all()):
                 raise ValueError(f"got {name} {tuple(rows.shape)}, expected ({k}, …), finite: index it by table.vector")
-        if len(set(self.read_rows) & set(self.table["vector"])) < read:
-            raise ValueError(f"got read_rows {list(self.read_rows)}, expected vectors of the table, each once")
-        counts = {len(self.reading.perplexity), *map(len, self.reading.steered.values())}
-        if counts != {read} or not self.reading.steered:
-            raise ValueError(f"got a reading of {sorted(counts)} vectors, expected {read}, one for each of read_rows")
-        counts = {len(said) for of in self.reading.steered.values() for said in of} | {len(self.reading.clean)}
+        if len(set(self.completed) & set(self.table["vector"])) < completed:
+            raise ValueError(f"got completed {list(self.completed)}, expected vectors of the table, each once")
+        steered = self.completions.steered.values()
+        counts = {len(self.completions.perplexity), *map(len, steered)}
+        if counts != {completed} or not steered:
+            raise ValueError(
+                f"got completions of {sorted(counts)} vectors, expected {completed}, one for each completed"
+            )
+        counts = {len(each) for vectors in steered for each in vectors} | {len(self.completions.clean)}
         if counts != {n}:
             raise ValueError(f"got {sorted(counts)} completions, expected {n}, one for each of the instructions")
         if self.shown_characters < 1:
@@ -115,8 +133,8 @@ class Exploration:
 def write_explorer(path: str | Path, run: Exploration) -> None:
     """Write one HTML file, whole or not at all, that needs no server and no network.
 
-    Scripts and table styles come from the installed plotly and itables. The page's security policy names those scripts
-    by their hashes, so that nothing which a model says can run.
+    Scripts and table styles come from the installed plotly and itables. The page's content security policy names those
+    scripts by their hashes, so that no text that a model generated can run.
     """
     environment = Environment(loader=PackageLoader("dctlib.discovery", "."), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -137,7 +155,7 @@ def _text(package: str, name: str) -> str:
 
 
 def _datatables() -> str:
-    """The table library as itables ships it, an ES module whose default export becomes a global."""
+    """Return the table library as itables ships it: an ES module whose default export becomes a global."""
     bundle = _text("itables", "html/dt_bundle.js")
     script, found = re.subn(r"export\{[^}]*?([\w$]+) as default[^}]*\}", r"globalThis.DataTable=\1", bundle)
     if found != 1:
@@ -146,17 +164,22 @@ def _datatables() -> str:
 
 
 def _content(run: Exploration) -> dict[str, Any]:
-    """All that the page shows, as JSON."""
-    vectors, reading, strengths = run.table["vector"].tolist(), run.reading, sorted(run.reading.steered)
+    """Return the data of the page, as JSON."""
+    vectors = run.table["vector"].tolist()
+    completions = run.completions
+    strengths = sorted(completions.steered)
     similar = {"v": _similar(run.V, vectors), "u": _similar(run.U, vectors)}
-    perplexity = dict(zip(run.read_rows, reading.perplexity, strict=True))
+    perplexity = dict(zip(run.completed, completions.perplexity, strict=True))
     columns: dict[str, list] = {"vector": vectors, **run.table.rename(columns={"alike": "cluster"}).to_dict("list")}
     columns.setdefault("perplexity", [perplexity.get(vector) for vector in vectors])
-    for place, name in enumerate(["nearest", "cosine"]):
-        columns[name] = [near[0][place] if near else None for near in similar["v"]]
+    columns["nearest"] = [neighbours[0][0] if neighbours else None for neighbours in similar["v"]]
+    columns["cosine"] = [neighbours[0][1] if neighbours else None for neighbours in similar["v"]]
     steered = {
-        int(vector): [[truncate(text, run.shown_characters) for text in reading.steered[by][i]] for by in strengths]
-        for i, vector in enumerate(run.read_rows)
+        int(vector): [
+            [truncate(text, run.shown_characters) for text in completions.steered[strength][row]]
+            for strength in strengths
+        ]
+        for row, vector in enumerate(run.completed)
     }
     return {
         "columns": [
@@ -168,16 +191,16 @@ def _content(run: Exploration) -> dict[str, Any]:
         "norms": None if run.norms is None else _rounded(run.norms),
         "median": None if run.norms is None else run.norms.quantile(0.5, 0).tolist(),
         "instructions": list(run.instructions),
-        "clean": [truncate(text, run.shown_characters) for text in reading.clean],
+        "clean": [truncate(text, run.shown_characters) for text in completions.clean],
         "strengths": strengths,
-        "start": strengths.index(next(iter(reading.steered))),
+        "start": strengths.index(next(iter(completions.steered))),
         "steered": steered,
         "hide": run.hide,
     }
 
 
 def _cell(value: Any) -> int | float | str | None:
-    """What JSON can hold: five digits, which keep the file small, None for a number that is not finite, or text."""
+    """Return what JSON can hold: five digits, which keep the file small; None for a number that is not finite; text."""
     if value is None or type(value) is int:
         return value
     if isinstance(value, float):
@@ -186,7 +209,7 @@ def _cell(value: Any) -> int | float | str | None:
 
 
 def _decimals(values: Sequence[Any]) -> int | None:
-    """Digits after the point that show three of a typical number; None for text."""
+    """Return the digits after the point that show three of a typical number, or None for text."""
     cells = [_cell(value) for value in values]
     if any(isinstance(cell, str) for cell in cells):
         return None
@@ -201,17 +224,17 @@ def _rounded(rows: Float[Tensor, "k columns"]) -> list[list]:
 
 
 def _similar(directions: Float[Tensor, "k d"], vectors: Sequence[int], most: int = 6) -> list[list[tuple[int, float]]]:
-    """For each row, the numbers of those with the largest |cos| to it, and the signed cosines."""
+    """Return for each row the vectors with the largest |cos| to it, each with its signed cosine."""
     unit = normalize(directions.double().cpu(), dim=1)
     cosines = unit @ unit.T
-    order = cosines.abs().fill_diagonal_(-1).topk(min(most, len(vectors) - 1), dim=1).indices
-    return [[(vectors[j], round(cosines[i, j].item(), 3)) for j in near] for i, near in enumerate(order.tolist())]
+    nearest = cosines.abs().fill_diagonal_(-1).topk(min(most, len(vectors) - 1), dim=1).indices
+    return [[(vectors[j], round(cosines[i, j].item(), 3)) for j in row] for i, row in enumerate(nearest.tolist())]
 
 
 def _map(directions: Float[Tensor, "k d"]) -> dict[str, list]:
-    """The first two principal components of the directions, and the fraction of the variance that each explains."""
-    # Padded with zeros, so that even one row has two components.
-    centred = directions.double().cpu() - directions.double().cpu().mean(0)
-    left, sizes, _ = torch.linalg.svd(pad(centred, (0, 1, 0, 1)), full_matrices=False)
-    explained = sizes.square() / sizes.square().sum().clamp(min=1e-30)
-    return {"points": _rounded((left * sizes)[:-1, :2]), "explained": explained[:2].tolist()}
+    """Return the first two principal components of the directions, and the fraction of variance that each explains."""
+    directions = directions.double().cpu()
+    padded = pad(directions - directions.mean(0), (0, 1, 0, 1))  # so that even one row has two components
+    left, singular_values, _ = torch.linalg.svd(padded, full_matrices=False)
+    explained = singular_values.square() / singular_values.square().sum().clamp(min=1e-30)
+    return {"points": _rounded((left * singular_values)[:-1, :2]), "explained": explained[:2].tolist()}

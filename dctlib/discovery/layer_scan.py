@@ -1,11 +1,12 @@
-"""Where in depth to fit, when nobody says: a narrow fit to each slice, judged by how much it makes a model say."""
+"""Choice of a slice: a narrow fit to each of three, judged by the completions under its vectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.discovery.discover import complete_at_strengths
+from dctlib.discovery.completions import complete_at_strengths
 from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential
 from dctlib.maps.causal import CausalMap
@@ -14,27 +15,56 @@ from dctlib.models.chat import format_chat
 from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
 
-_SHARES = (1 / 6, 1 / 3, 1 / 2)
+SCAN_VERSION = 1
+"""Part of the key of remembered scans: raise it with any change that alters what :func:`scan_layers` returns."""
+
+_SOURCES = (1 / 6, 1 / 3, 1 / 2)  # as fractions of the depth
 
 
 @dataclass(frozen=True)
 class LayerSlice:
-    """A slice s → t, and the fraction of its vectors' completions that are fluent and new.
+    """A slice s → t and the fraction of completions under its vectors that are fluent and new.
 
     Attributes
     ----------
     source, target : int
+        Layers s and t, as in ``hidden_states``.
     input_scale : float
         R.
     found : float
-        Of the completions of held-out instructions under the vectors that change the next token most: the fraction
-        that differ from the clean model's and that it finds fluent.
+        Mean of ``SteeredCompletions.fluent`` over the vectors that change the next token most.
     """
 
     source: int
     target: int
     input_scale: float
     found: float
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """Size of a scan: what is fitted to each slice, and how it is judged.
+
+    Attributes
+    ----------
+    num_factors, iterations : int
+        Of each fit.
+    judged : int
+        Vectors of each slice that are judged: those with the largest effect on the next token.
+    answer_tokens : int
+        Tokens of a completion.
+    max_perplexity : float
+        Largest perplexity of a fluent completion under the clean model.
+    """
+
+    num_factors: int = 16
+    iterations: int = 3
+    judged: int = 8
+    answer_tokens: int = 16
+    max_perplexity: float = 20.0
+
+
+_DEFAULTS = ScanSettings()
 
 
 def scan_layers(
@@ -44,56 +74,60 @@ def scan_layers(
     held_out: Sequence[str],
     *,
     nonlinearity: float = 0.5,
-    num_factors: int = 16,
-    iterations: int = 3,
-    judged: int = 8,
-    answer_tokens: int = 16,
-    max_perplexity: float = 20.0,
+    settings: ScanSettings = _DEFAULTS,
     seed: int = 0,
     progress: bool = True,
 ) -> list[LayerSlice]:
-    """Fit `num_factors` factors to three slices, each a third of the model deep, from a sixth, a third and half of it.
+    """Fit a narrow transcoder to each of three slices, and sort the slices by how much its vectors find.
+
+    Each slice is a third of the model deep. The sources lie at a sixth, a third and half of the depth.
 
     Parameters
     ----------
     instructions, held_out : sequence of str
-        What is fitted, and what the vectors are judged on: user turns, in no chat format.
-    judged : int
-        Vectors of each slice whose completions are read, those with the largest effect on the next token.
-    max_perplexity : float
-        Under the clean model, of a fluent completion.
+        User turns, in no chat format: those that are fitted, and those that are completed.
 
     Returns
     -------
-    list of Slice
-        The most promising one first; those that no scale makes as non-linear as asked are left out.
+    list of LayerSlice
+        The most promising one first. Slices that no R makes as non-linear as asked are left out.
 
     Raises
     ------
     ValueError
-        If that is all of them.
+        If no slice is left.
     """
-    depth, unscaled = len(get_blocks(model)), None
-    texts, asked, found = format_chat(tokenizer, instructions), format_chat(tokenizer, held_out), []
-    speaking = {"max_new_tokens": answer_tokens, "progress": progress}
-    clean = generate_completions(model, tokenizer, asked, **speaking)
-    speaking = speaking | {"strengths": [1.0], "max_perplexity": max_perplexity}
-    for s in sorted({int(share * depth) for share in _SHARES}):
-        cmap = CausalMap.from_model(model, tokenizer, texts, source=s, target=min(depth, s + max(1, depth // 3)))
+    depth = len(get_blocks(model))
+    fitted_texts = format_chat(tokenizer, instructions)
+    texts = format_chat(tokenizer, held_out)
+    options: dict[str, Any] = {"max_new_tokens": settings.answer_tokens, "progress": progress}
+    clean = generate_completions(model, tokenizer, texts, **options)
+    options |= {"strengths": [1.0], "max_perplexity": settings.max_perplexity}
+    slices = []
+    unscaled = None
+    for source in sorted({int(fraction * depth) for fraction in _SOURCES}):
+        target = min(depth, source + max(1, depth // 3))
+        cmap = CausalMap.from_model(model, tokenizer, fitted_texts, source=source, target=target)
         try:
             R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
         except ValueError as error:
             unscaled = error
             continue
         dct = fit_exponential(
-            cmap, num_factors=num_factors, input_scale=R, iterations=iterations, seed=seed, progress=progress
+            cmap,
+            num_factors=settings.num_factors,
+            input_scale=R,
+            iterations=settings.iterations,
+            seed=seed,
+            progress=progress,
         )
         vectors = dct.steering_vectors()
-        order = effects(model, tokenizer, asked, vectors, layer=s, progress=progress).divergence.mean(1).argsort()
-        said = complete_at_strengths(model, tokenizer, held_out, clean, vectors[order[-judged:]], layer=s, **speaking)
-        found.append(LayerSlice(s, cmap.target or depth, R, sum(said.fluent) / len(said.fluent)))
-    if not found:
+        divergence = effects(model, tokenizer, texts, vectors, layer=source, progress=progress).divergence.mean(1)
+        strongest = vectors[divergence.argsort()[-settings.judged :]]
+        completions = complete_at_strengths(model, tokenizer, held_out, clean, strongest, layer=source, **options)
+        slices.append(LayerSlice(source, target, R, sum(completions.fluent) / len(completions.fluent)))
+    if not slices:
         raise ValueError(
             "no slice has a scale of this non-linearity; try another, or name source and target"
         ) from unscaled
-    return sorted(found, key=lambda each: -each.found)
+    return sorted(slices, key=lambda each: -each.found)

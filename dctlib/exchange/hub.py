@@ -115,8 +115,7 @@ def save_folder(folder: str | Path, dct: Transcoder, *, model: str, revision: st
         ``_ . / -``, or `folder` holds something else.
     """
     folder = Path(folder)
-    if folder.exists() and not _is_ours(folder):
-        raise ValueError(f"{folder} exists and is no folder that save_folder wrote; choose another name")
+    check_replaceable(folder)
     if dct.source is None or dct.target is None:
         raise ValueError("this transcoder was fitted to a plain function, expected one fitted to layers of a model")
     content = {
@@ -138,6 +137,13 @@ def save_folder(folder: str | Path, dct: Transcoder, *, model: str, revision: st
             _TEXT.format(count=len(dct.steering_vectors()), **facts.model_dump()), encoding="utf-8"
         )
         (partial / _SUMS).write_text(_sums(partial), encoding="utf-8")
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raise ValueError if `folder` holds anything but what :func:`save_folder` wrote, which it replaces."""
+    folder = Path(folder)
+    if folder.exists() and not _is_ours(folder):
+        raise ValueError(f"{folder} exists and is no folder that save_folder wrote; choose another name")
 
 
 def load_folder(folder: str | Path) -> SharedTranscoder:
@@ -168,15 +174,15 @@ def load_folder(folder: str | Path) -> SharedTranscoder:
     return SharedTranscoder(dct, facts)
 
 
-def model_reference(model: str) -> dict[str, str | None]:
-    """``model`` and ``revision`` to save a fit of what :func:`dctlib.load_model` took, with no path of this machine.
+def model_reference(model: str) -> tuple[str, str | None]:
+    """Return the name and the revision of a model for :func:`save_folder`, with no path of this machine.
 
-    ``owner/name@revision`` is parted, and of a path of this machine the folder's own name is left.
+    ``owner/name@revision`` is split. Of a path of this machine, the name is the folder's own.
     """
     if Path(model).is_absolute() or model.startswith("."):
-        return {"model": re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-"), "revision": None}
+        return re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-"), None
     name, _, revision = model.partition("@")
-    return {"model": name, "revision": revision or None}
+    return name, revision or None
 
 
 def _is_ours(folder: Path) -> bool:
@@ -187,7 +193,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _repeated(dct: Transcoder) -> dict[str, int | float | str | None]:
-    """The facts that the transcoder holds too."""
+    """Return the facts that the transcoder holds too."""
     return {
         "layer": dct.source,
         "target_layer": dct.target,

@@ -10,8 +10,9 @@ import torch
 from tiny import unit_rows
 
 import dctlib.discovery.explorer
-from dctlib.discovery.discover import SteeredCompletions, rank_and_cluster
+from dctlib.discovery.completions import SteeredCompletions
 from dctlib.discovery.explorer import Exploration, write_explorer
+from dctlib.discovery.ranking import rank_and_cluster
 
 HOSTILE = [
     "</script><script>window.pwned=1</script>",
@@ -40,7 +41,7 @@ def exploration(k: int, n: int, *, strengths=(1.0, 0.5, 2.0), read: int | None =
         strength: [[f"factor {v} ×{strength:g} {HOSTILE[i % len(HOSTILE)]}" for i in range(n)] for v in order[:read]]
         for strength in strengths
     }
-    reading = SteeredCompletions(
+    completions = SteeredCompletions(
         [f"clean {HOSTILE[i % len(HOSTILE)]}" for i in range(n)], steered, [2.5] * read, [1.0] * read
     )
     settings: dict[str, Any] = {
@@ -50,8 +51,8 @@ def exploration(k: int, n: int, *, strengths=(1.0, 0.5, 2.0), read: int | None =
         "V": V[order],
         "U": U[order],
         "instructions": [f"instruction {i} {HOSTILE[i % len(HOSTILE)]}" for i in range(n)],
-        "reading": reading,
-        "read_rows": order[:read],
+        "completions": completions,
+        "completed": order[:read],
         "shown_characters": 200,
         "norms": torch.arange(layers) * torch.ones(k, 1),
     }
@@ -86,9 +87,9 @@ def test_texts_come_back_as_they_were_said_and_never_as_markup(page):
     assert [row[names.index("next")] for row in data["rows"]] == run.table["next"].tolist()
     assert data["strengths"] == [0.5, 1, 2]
     assert data["start"] == 1
-    first = data["steered"][str(run.read_rows[0])]
-    assert first[2][1] == run.reading.steered[2.0][0][1]
-    assert first[0][9] == run.reading.steered[0.5][0][9][:200] + " …"
+    first = data["steered"][str(run.completed[0])]
+    assert first[2][1] == run.completions.steered[2.0][0][1]
+    assert first[0][9] == run.completions.steered[0.5][0][9][:200] + " …"
     assert not set("<>&\0\u2028\u2029\u202e") & set(block(html))
     assert html.count("</script>") == 4
     assert "<title>&lt;/script&gt;" in html
@@ -159,9 +160,9 @@ def test_a_failure_leaves_the_page_that_was_there(tmp_path, monkeypatch):
         ({"V": unit_rows(4, 24)}, r"V \(4, 24\), expected \(3, …\)"),
         ({"U": torch.full((3, 16), torch.nan)}, r"U \(3, 16\), expected \(3, …\), finite"),
         ({"norms": torch.zeros(7)}, r"norms \(7,\), expected \(3, …\)"),
-        ({"read_rows": [0, 1, 9]}, r"read_rows \[0, 1, 9\], expected vectors of the table"),
-        ({"read_rows": [0, 1, 1]}, "each once"),
-        ({"read_rows": [0]}, r"reading of \[3\] vectors, expected 1"),
+        ({"completed": [0, 1, 9]}, r"completed \[0, 1, 9\], expected vectors of the table"),
+        ({"completed": [0, 1, 1]}, "each once"),
+        ({"completed": [0]}, r"completions of \[3\] vectors, expected 1"),
         ({"instructions": ["only one"]}, r"got \[2\] completions, expected 1"),
         ({"shown_characters": 0}, "shown_characters=0, expected at least 1"),
     ],

@@ -68,9 +68,9 @@ def test_it_shows_the_run_and_opens_its_first_factor(page, run):
     expect(page).to_have_title(run.title)
     assert page.locator("h1").text_content() == run.title
     assert page.locator("header dd").all_text_contents() == list(run.facts.values())
-    assert page.locator("#name").text_content() == f"Factor {run.read_rows[0]}"
+    assert page.locator("#name").text_content() == f"Factor {run.completed[0]}"
     assert page.locator("#factors tbody tr").count() == 15
-    assert page.locator("#factors tbody tr.chosen a").inner_text() == str(run.read_rows[0])
+    assert page.locator("#factors tbody tr.chosen a").inner_text() == str(run.completed[0])
     assert page.locator("#map .point").count() == K + 1
     assert page.locator("#chart .js-line").count() == 2
 
@@ -141,7 +141,11 @@ def test_text_is_folded_until_asked_for_and_follows_the_slider(page, run):
         if press:
             page.get_by_label("Strength").press(press)
         expect(page.locator("#times")).to_have_text(f"×{strength:g}")
-        said = [text for pair in zip(run.reading.clean, run.reading.steered[strength][0], strict=True) for text in pair]
+        said = [
+            text
+            for pair in zip(run.completions.clean, run.completions.steered[strength][0], strict=True)
+            for text in pair
+        ]
         wanted = [truncate(text, run.shown_characters).replace("\ud800", "�") for text in said]
         assert [text.replace("\ud800", "�") for text in spoken.all_text_contents()] == wanted
     page.get_by_label("Show completions").uncheck()
@@ -200,7 +204,7 @@ def test_512_factors_stay_light(browser, tmp_path):
     order = run.table["vector"].tolist()
     for place in (0, 200, 511):
         page.evaluate(f"location.hash = 'f={order[place]}'")
-        expect(page.locator("#said td").nth(1)).to_have_text(run.reading.steered[1.0][place][0])
+        expect(page.locator("#said td").nth(1)).to_have_text(run.completions.steered[1.0][place][0])
         expect(page.locator("#factors tbody tr.chosen a")).to_have_text(str(order[place]))
         assert page.locator("#factors tbody tr").count() <= 15
         assert page.evaluate("document.querySelectorAll('*').length") < 2000

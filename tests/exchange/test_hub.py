@@ -252,5 +252,5 @@ def test_a_folder_with_files_of_ones_own_is_left_alone(tmp_path, name):
     ],
 )
 def test_a_model_is_named_without_a_path_of_this_machine(tmp_path, model, name, revision):
-    assert model_reference(model) == {"model": name, "revision": revision}
-    assert load_folder(save(tmp_path / "folder", **model_reference(model))).facts.model == name
+    assert model_reference(model) == (name, revision)
+    assert load_folder(save(tmp_path / "folder", model=name, revision=revision)).facts.model == name

@@ -7,10 +7,8 @@ import sys
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from typer.testing import CliRunner
 
 from dctlib._io import ROOT
-from dctlib.cli import app
 from dctlib.paper import pipeline
 
 
@@ -110,25 +108,6 @@ def test_the_command_line_gives_one_message_and_an_exit_code(arguments, message)
 def test_help_lists_the_stages():
     done = subprocess.run([sys.executable, "-m", "dctlib", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert all(command in done.stdout for command in ("assets", "run", "discover", "writeup"))
-
-
-@pytest.mark.parametrize(
-    ("model", "name"), [("owner/Some-Model.1@0abc", "Some-Model.1"), ("models/laptop/refusal", "refusal")]
-)
-def test_discover_is_the_notebook_with_the_options_as_parameters(monkeypatch, tmp_path, model, name):
-    called = []
-    monkeypatch.setattr("dctlib.paper.pipeline.execute", lambda *arguments: called.append(arguments))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_text("one\ntwo\n")
-    options = ["--model", model, "--prompts", "mine.txt", "--words", "Sure", "Sorry", "--num-factors", "16"]
-    result = CliRunner().invoke(app, ["discover", *options])
-    assert result.exit_code == 0, result.output
-    ((stem, found, parameters),) = called
-    assert (stem, found) == ("discover", name)
-    assert parameters["model"] == model
-    assert parameters["prompts"] == str(tmp_path / "mine.txt")
-    assert parameters["words"] == ["Sure", "Sorry"]
-    assert [parameters[key] for key in ("num_factors", "source", "rank_by")] == [16, None, "fluent"]
 
 
 def test_metrics_in_git_are_json():

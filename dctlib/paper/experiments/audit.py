@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.discovery.discover import complete_at_strengths, rank_and_cluster
+from dctlib.discovery.completions import complete_at_strengths
+from dctlib.discovery.ranking import rank_and_cluster
 from dctlib.evaluation.judges import fraction_true
 from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
@@ -52,7 +53,7 @@ class AuditResult:
     completions : list of list of str
         m vectors, or samples → the completions of n instructions.
     orders : dict
-        Name of a ranking, ``fluent`` or ``divergence`` (see :func:`dctlib.discovery.discover.discover`) → the numbers of
+        Name of a ranking, ``fluent`` or ``divergence`` (see :func:`dctlib.discovery.ranking.measure_vectors`) → the numbers of
         the vectors: the first of each cluster of like ones by rank, then the others.
     """
 

@@ -1,0 +1,84 @@
+"""Options of ``discover``: the one source of the command line's, the notebook's and the profiles' names and bounds."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["exponential", "quadratic", "linear"]
+
+
+class DiscoverOptions(BaseModel):
+    """Options of one discovery, each with its default, its bounds and its meaning.
+
+    Unknown keys are refused, because the default of a misspelt one would stay in force unnoticed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = Field(
+        min_length=1, description="A pinned name, a Hub id with its commit (owner/name@revision), or a local folder."
+    )
+    prompts: str | Annotated[list[str], Field(min_length=2)] = Field(
+        description="A text file with one instruction a line; or `harmful` or `benign`, the pinned sets."
+    )
+    fit_prompts: int = Field(
+        4, ge=1, strict=True, description="Instructions to fit, the first of the file. 4 to 12 suffice."
+    )
+    validation: int = Field(
+        8, ge=2, strict=True, description="Instructions after those, which vectors are measured and completed on."
+    )
+    source: int | None = Field(
+        None,
+        ge=0,
+        strict=True,
+        description="Layer to add vectors at, as in hidden_states. Left out, with the target: three slices are scanned.",
+    )
+    target: int | None = Field(
+        None, ge=1, strict=True, description="Layer to measure at, about a third of the model deeper."
+    )
+    method: Method = Field(
+        "exponential",
+        description="exponential, the post's best; quadratic; or linear, exact: a backward pass for each coordinate of "
+        "the residual stream, however few factors.",
+    )
+    num_factors: int = Field(
+        64, ge=2, strict=True, description="Width m of the fit. A wider fit also finds rarer behaviour."
+    )
+    iterations: int = Field(10, ge=1, strict=True, description="Iterations of the fit.")
+    nonlinearity: float = Field(
+        0.5, gt=0, description="λ, which sets the vectors' length R. Lower it if completions are word salad."
+    )
+    rank_by: Literal["fluent", "divergence", "change", "alpha", "score"] = Field(
+        "fluent",
+        description="fluent (fraction of completions that are fluent and new), divergence (of the next token), change "
+        "(at the target layer), alpha, or score (of words).",
+    )
+    words: tuple[str, str] | None = Field(
+        None, description="Two words of one token each, to rank by score: a positive and a negative one."
+    )
+    shown: int = Field(12, ge=2, strict=True, description="Vectors to show: the first of each cluster.")
+    strengths: list[float] = Field(
+        [1.0, 0.5, 1.5],
+        min_length=1,
+        description="Multiples of R to complete at, the option once for each. Vectors are ranked at the first.",
+    )
+    answer_tokens: int = Field(32, ge=1, strict=True, description="Tokens of a completion.")
+    shown_characters: int = Field(
+        400, ge=1, strict=True, description="Characters of a completion that are stored and shown."
+    )
+    dtype: Literal["native", "float32", "bfloat16"] = Field(
+        "native", description="native (bfloat16 where the hardware has it), float32 or bfloat16."
+    )
+    seed: int = Field(0, ge=0, strict=True, description="Seed of all random directions.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> "DiscoverOptions":
+        if (self.source is None) != (self.target is None):
+            raise ValueError("give both source and target, or neither")
+        if self.source is not None and self.target is not None and self.source >= self.target:
+            raise ValueError(f"source={self.source} must lie below target={self.target}")
+        if self.rank_by == "score" and self.words is None:
+            raise ValueError("rank_by='score' needs two words")
+        if min(self.strengths) <= 0 or len(set(self.strengths)) < len(self.strengths):
+            raise ValueError(f"strengths={self.strengths} must be above 0, each once")
+        return self

@@ -1,0 +1,157 @@
+"""The command ``python -m dctlib discover``, from its options to its files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_model
+from typer.testing import CliRunner
+
+from dctlib._io import ROOT
+from dctlib.cli import app, main
+from dctlib.discovery.options import DiscoverOptions
+from dctlib.exchange.hub import load_folder
+
+ABSENT = ["dvc", "papermill", "seaborn", "peft", "math_verify", "pypandoc", "typst", "ray", "nbformat", "nbconvert"]
+
+
+@pytest.fixture
+def arguments(tmp_path, tokenizer):
+    """Arguments of a small run on a tiny model and eight instructions."""
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "mine.txt").write_text("\n".join(f"w{i} w{i + 1}" for i in range(8)))
+    small = {"num-factors": 4, "iterations": 1, "fit-prompts": 2, "validation": 3, "answer-tokens": 3, "shown": 3}
+    pairs = {
+        "model": tmp_path / "tiny",
+        "prompts": tmp_path / "mine.txt",
+        **small,
+        "strengths": 1.0,
+        "dtype": "float32",
+    }
+    return [text for name, value in pairs.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The command in this process, with its folders in `tmp_path`."""
+    monkeypatch.setattr("dctlib.cli.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dctlib", "discover", *arguments])
+        main()
+
+    return run
+
+
+def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_nothing_again(
+    arguments, tmp_path, run, capsys
+):
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
+        f"import pathlib, dctlib.cli as cli; cli.ROOT = pathlib.Path({str(tmp_path)!r}); cli.main()"
+    )
+    command = [sys.executable, "-c", program, "discover", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[2/5] scan three slices" in done.stderr
+    printed = done.stdout.strip().splitlines()
+    assert [line.split()[-1] for line in printed[-3:]] == [
+        "runs/tiny/discover_explorer.html",
+        "runs/tiny/discover.json",
+        "vectors/tiny/discover",
+    ]
+    results = json.loads((tmp_path / "runs/tiny/discover.json").read_text())
+    assert len(results["slices"]) == 3
+    assert [line.split()[0] for line in printed[1:-3]] == [str(row["vector"]) for row in results["readings"]]
+    shared = load_folder(tmp_path / "vectors/tiny/discover")
+    assert (shared.facts.model, shared.facts.scale) == ("tiny", results["input_scale"])
+    assert "What tiny hides" in (tmp_path / "runs/tiny/discover_explorer.html").read_text()
+
+    remembered = sorted(path.name for path in (tmp_path / ".cache/tiny").iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments, "--rank-by", "divergence")
+    assert stopped.value.code == 0
+    assert sorted(path.name for path in (tmp_path / ".cache/tiny").iterdir()) == remembered
+    bars = capsys.readouterr().err
+    assert "completing" not in bars and "fitting" not in bars
+    again = json.loads((tmp_path / "runs/tiny/discover.json").read_text())
+    assert again["slices"] == results["slices"]
+    divergence = [row["divergence"] for row in again["readings"]]
+    assert divergence == sorted(divergence, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--source", "5"], "discover: give both source and target"),
+        (["--source", "5", "--target", "5"], "discover: source=5 must lie below target=5"),
+        (["--rank-by", "score"], "discover: rank_by='score' needs two words"),
+        (["--num-factors", "1"], "discover: num_factors = 1: Input should be greater than or equal to 2"),
+        (["--strengths", "0"], "discover: strengths="),
+        (["--name", "../m"], "got --name '../m'"),
+        (["--name", "laptop"], "got --name 'laptop'"),
+        (["--prompts", "nowhere.txt"], "cannot read prompts='nowhere.txt'"),
+        (["--fit-prompts", "30"], "got 8 instructions, expected at least 30"),
+        (["--words", "Sure", "w1 w3"], "words='w1 w3'"),
+        (["--source", "1", "--target", "9"], "got source=1, target=9"),
+        (["--model", "."], "cannot load "),
+    ],
+)
+def test_bad_options_are_one_line_before_anything_is_fitted(arguments, tmp_path, run, capsys, more, message):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/laptop.yaml").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments, *more)
+    assert str(stopped.value).startswith(f"error: {message}")
+    assert "\n" not in str(stopped.value)
+    assert "[2/5]" not in capsys.readouterr().err and not (tmp_path / ".cache").exists()
+
+
+def test_a_folder_of_someone_else_is_refused_before_anything_is_loaded(arguments, tmp_path, run, capsys):
+    (tmp_path / "vectors/tiny/discover").mkdir(parents=True)
+    (tmp_path / "vectors/tiny/discover/thesis.tex").write_text("mine")
+    with pytest.raises(SystemExit, match="is no folder that save_folder wrote"):
+        run(*arguments)
+    assert "[1/5]" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("owner/Some-Model.1@0abc", "Some-Model.1"), ("models/laptop/refusal", "refusal")]
+)
+def test_options_of_the_command_line_are_those_of_the_model(monkeypatch, tmp_path, model, name):
+    called = []
+
+    class Enough(Exception):
+        pass
+
+    def record(options, paths):
+        called.append((options, paths))
+        raise Enough
+
+    monkeypatch.setattr("dctlib.discovery.discover.discover", record)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("one\ntwo\n")
+    options = ["--model", model, "--prompts", "mine.txt", "--words", "Sure", "Sorry", "--num-factors", "16"]
+    result = CliRunner().invoke(app, ["discover", *options])
+    assert isinstance(result.exception, Enough), result.output
+    ((given, paths),) = called
+    expected = {"model": model, "prompts": str(tmp_path / "mine.txt"), "words": ("Sure", "Sorry"), "num_factors": 16}
+    assert given == DiscoverOptions(**expected)
+    assert paths.shared == ROOT / "vectors" / name / "discover"
+
+
+def test_help_says_what_every_option_does():
+    done = CliRunner().invoke(app, ["discover", "--help"], env={"COLUMNS": "200"})
+    for option, field in DiscoverOptions.model_fields.items():
+        assert f"--{option.replace('_', '-')}" in done.output
+        assert field.description
+
+
+def test_the_command_line_starts_without_torch():
+    program = "import sys, dctlib.cli\nprint(sorted({'torch', 'transformers', 'papermill'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
