@@ -98,7 +98,7 @@ def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_
         (["--fit-prompts", "30"], "got 8 instructions, expected at least 30"),
         (["--words", "Sure", "w1 w3"], "words='w1 w3'"),
         (["--source", "1", "--target", "9"], "got source=1, target=9"),
-        (["--model", "."], "cannot load "),
+        (["--model", "."], "is a folder without config.json"),
     ],
 )
 def test_bad_options_are_one_line_before_anything_is_fitted(arguments, tmp_path, run, capsys, more, message):
@@ -106,7 +106,8 @@ def test_bad_options_are_one_line_before_anything_is_fitted(arguments, tmp_path,
     (tmp_path / "params/laptop.yaml").write_text("{}")
     with pytest.raises(SystemExit) as stopped:
         run(*arguments, *more)
-    assert str(stopped.value).startswith(f"error: {message}")
+    assert str(stopped.value).startswith("error: ")
+    assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
     assert "[2/5]" not in capsys.readouterr().err and not (tmp_path / ".cache").exists()
 
