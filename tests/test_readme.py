@@ -1,6 +1,7 @@
 """What the README says was measured is what the recorded files say."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -138,3 +139,15 @@ def stability():
 def test_numbers_are_those_of_the_recorded_files(said):
     for sentence in said():
         assert sentence in README
+
+
+def test_how_it_works_names_what_there_is():
+    """Each row of the table of equations: a file of dctlib, and names that are defined in it."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ") and "/" in line.split("|")[2]]
+    assert len(rows) > 12
+    for row in rows:
+        quoted = re.findall(r"`([^`]+)`", row)
+        sources = [(ROOT / "dctlib" / path).read_text(encoding="utf-8") for path in quoted if path.endswith(".py")]
+        for name in (name for name in quoted if not name.endswith(".py")):
+            assert any(re.search(rf"(def|class) {name}\b", source) for source in sources), name

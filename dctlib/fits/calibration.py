@@ -1,7 +1,6 @@
 """The input scale R: how long a steering vector must be before the map stops being linear."""
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -54,14 +53,29 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
     if not linear.norm() > 0:
         raise ValueError("the map's Jacobian at 0 vanishes along random directions, so no scale relates to it")
 
-    @cache  # the bracket's ends are asked for three times over
+    @cache  # because the root finder evaluates the bracket's ends again
     def excess(log_scale: float) -> float:
         scale = math.exp(log_scale)
         ratio = (cmap(scale * directions) / scale - linear).norm() / linear.norm()
         return ratio.item() - nonlinearity if torch.isfinite(ratio) else math.inf
 
-    low, high = _bracket(excess, cmap, nonlinearity)
-    low, high = _finite_bracket(excess, low, high, nonlinearity)
+    far = math.log(cmap.scale / 10)
+    too_linear = excess(far) < 0
+    for _ in range(_DOUBLINGS):
+        near, far = far, far + (math.log(2) if too_linear else -math.log(2))
+        if (excess(far) < 0) != too_linear:
+            break
+    else:
+        raise ValueError(_no_scale(cmap, nonlinearity, too_linear))
+    low, high = sorted((near, far))
+    while not math.isfinite(excess(high)):
+        middle = (low + high) / 2
+        if high - low < 1e-6:
+            raise ValueError(
+                f"beyond R={math.exp(low):.3g} this map is not finite, and up to there it is less than "
+                f"{nonlinearity:g} non-linear; try dtype='float32' or a smaller nonlinearity"
+            )
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
     root: Any = toms748(excess, low, high, xtol=1e-4)
     return math.exp(root)
 
@@ -73,40 +87,13 @@ def check_input_scale(input_scale: float) -> float:
     return float(input_scale)
 
 
-def _bracket(excess: Callable[[float], float], cmap: DifferentiableMap, nonlinearity: float) -> tuple[float, float]:
-    """Logarithms of scales a factor 2 apart, below and above the first crossing."""
-    low = high = math.log(cmap.scale / 10)
-    start = excess(low)
-    for _ in range(_DOUBLINGS):
-        if start < 0:
-            low, high = high, high + math.log(2)
-            if excess(high) >= 0:
-                return low, high
-        else:
-            low, high = low - math.log(2), low
-            if excess(low) < 0:
-                return low, high
-    if start < 0:
-        raise ValueError(
+def _no_scale(cmap: DifferentiableMap, nonlinearity: float, too_linear: bool) -> str:
+    if too_linear:
+        return (
             f"no scale R up to {cmap.scale / 10 * 2**_DOUBLINGS:.2g} makes this map {nonlinearity:g} non-linear: it is "
             f"linear, or saturates below that; try a smaller nonlinearity or a deeper slice"
         )
-    raise ValueError(
+    return (
         f"this map is more than {nonlinearity:g} non-linear at every scale R down to "
         f"{cmap.scale / 10 / 2**_DOUBLINGS:.2g}: rounding may drown its linear part; try dtype='float32'"
     )
-
-
-def _finite_bracket(
-    excess: Callable[[float], float], low: float, high: float, nonlinearity: float
-) -> tuple[float, float]:
-    """Halve the bracket until the map is finite at its upper end."""
-    while not math.isfinite(excess(high)):
-        middle = (low + high) / 2
-        if high - low < 1e-6:
-            raise ValueError(
-                f"beyond R={math.exp(low):.3g} this map is not finite, and up to there it is less than "
-                f"{nonlinearity:g} non-linear; try dtype='float32' or a smaller nonlinearity"
-            )
-        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    return low, high

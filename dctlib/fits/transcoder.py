@@ -15,9 +15,7 @@ from torch import Tensor
 from dctlib._io import atomic_path
 from dctlib.maps.nonlinearity import Activation, activate
 
-_TENSORS = ("U", "V", "alpha", "objective", "change")
-
-_OPTIONAL = "importance"
+_TENSORS = ("U", "V", "alpha", "objective", "change", "importance")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,8 +98,7 @@ class Transcoder:
             raise ValueError(f"got activation {self.activation!r}, expected one of {get_args(Activation)}")
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        return tensors if self.importance is None else {**tensors, _OPTIONAL: self.importance}
+        return {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
 
     def __len__(self) -> int:
         return len(self.V)
@@ -174,8 +171,7 @@ class Transcoder:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                present = [*_TENSORS, *({_OPTIONAL} & set(file.keys()))]
-                tensors = {name: file.get_tensor(name) for name in present}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 facts = _Facts.model_validate_json((file.metadata() or {})["transcoder"])
             found = cls(**tensors, **facts.model_dump())
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
