@@ -1,4 +1,4 @@
-"""Mechanistic anomaly detection: how far a prompt's residuals are from those of trusted prompts."""
+"""Mechanistic anomaly detection: distances of a prompt's residual from those of trusted prompts, and their AUROC."""
 
 import numpy as np
 import torch
@@ -6,18 +6,15 @@ from jaxtyping import Float
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
-from dctlib.evaluation.statistics import Interval
-
-_RESAMPLES = 9_999
+from dctlib.evaluation.statistics import RESAMPLES, Interval
 
 
 def projected_distance(
     trusted: Float[Tensor, "n d"], live: Float[Tensor, "k d"], directions: Float[Tensor, "m d"]
 ) -> Float[Tensor, " k"]:
-    """‖V (h − mean of trusted h)‖ for every row h of `live`: how far it moved along the directions of a transcoder.
+    """Return ‖V (h − mean of trusted h)‖ for every row h of `live`: its distance along a transcoder's directions.
 
-    For a distance in units of what is usual along each, use ``mahalanobis(trusted @ V.T, live @ V.T)``: the
-    log-likelihood under a Gaussian falls with it.
+    ``mahalanobis(trusted @ V.T, live @ V.T)`` is the distance in units of the covariance of trusted rows along V.
 
     Parameters
     ----------
@@ -31,10 +28,10 @@ def projected_distance(
 
 
 def mahalanobis(trusted: Float[Tensor, "n d"], live: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
-    """Distance of every row of `live` from the mean of `trusted`, in units of its covariance.
+    """Return the Mahalanobis distance of every row of `live` from the mean of `trusted`.
 
-    The covariance is shrunk towards a multiple of the identity (Ledoit & Wolf 2004), for there may be fewer rows than
-    columns.
+    The covariance of `trusted` is shrunk towards a multiple of the identity (Ledoit & Wolf 2004), because there may be
+    fewer rows than columns.
 
     Raises
     ------
@@ -47,10 +44,10 @@ def mahalanobis(trusted: Float[Tensor, "n d"], live: Float[Tensor, "k d"]) -> Fl
 
 
 def auroc(clean: Float[Tensor, " n"], anomalous: Float[Tensor, " k"], *, seed: int = 0) -> Interval:
-    """How often an anomalous score is above a clean one, ties counting half, with its 95 % interval.
+    """Return the area under the receiver operating characteristic, with its 95 % interval.
 
-    This is the area under the receiver operating characteristic. The interval resamples both sets (percentile
-    bootstrap, 9,999 resamples).
+    This is how often an anomalous score is above a clean one, where ties count half. The interval is a percentile
+    bootstrap of both sets, with 9,999 resamples.
 
     Raises
     ------
@@ -59,10 +56,11 @@ def auroc(clean: Float[Tensor, " n"], anomalous: Float[Tensor, " k"], *, seed: i
     """
     if min(len(clean), len(anomalous)) < 2:
         raise ValueError(f"got {len(clean)} clean and {len(anomalous)} anomalous scores, expected at least 2 of each")
-    x, y = anomalous.double().cpu()[:, None], clean.double().cpu()
-    above = (x > y).double() + (x == y).double() / 2  # (k, n), whose mean is Mann and Whitney's U
+    x = anomalous.double().cpu()[:, None]
+    y = clean.double().cpu()
+    above = (x > y).double() + (x == y).double() / 2  # (k, n), whose mean is Mann and Whitney's U over k n
     generator = np.random.default_rng(seed)
-    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) for n in above.shape)
+    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in above.shape)
     counted = ((rows @ above.numpy()) * columns).sum(1)  # halves and whole numbers, so exact
     low, high = np.quantile(counted / above.numel(), [0.025, 0.975])
     return Interval(above.mean().item(), float(low), float(high))

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint parts of one instruction set: nothing is ranked on what is reported, or reported on what was trained."""
+    """Disjoint parts of one instruction set, so that nothing is reported on what it was trained or ranked on."""
 
     train: list
     fit: list
@@ -27,35 +27,35 @@ class Split:
 
 
 def load_advbench(path: str | Path) -> list[dict[str, str]]:
-    """The harmful instructions of AdvBench (Zou et al. 2023): rows with a ``goal`` and a ``target``."""
+    """Read the harmful instructions of AdvBench (Zou et al. 2023): rows with a ``goal`` and a ``target``."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def load_benign(path: str | Path) -> list[str]:
-    """Instructions of an Alpaca-format file that need no further input."""
+    """Read the instructions of an Alpaca-format file that need no further input."""
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
     return [row["instruction"] for row in rows if not row["input"]]
 
 
 def harmful_split() -> Split:
-    """AdvBench's rows, ``goal`` and ``target``, split as every notebook splits them: organisms learn from ``train``."""
+    """Return AdvBench's rows, ``goal`` and ``target``, in the split of every notebook: organisms learn from ``train``."""
     return split(load_advbench(fetch("advbench")))
 
 
 def harmful_instructions() -> Split:
-    """The instructions alone of :func:`harmful_split`."""
+    """Return the instructions alone of :func:`harmful_split`."""
     rows = harmful_split()
     return Split(*([row["goal"] for row in part] for part in (rows.train, rows.fit, rows.validation, rows.test)))
 
 
 def benign_split() -> Split:
-    """Benign instructions, test and train."""
+    """Return the benign instructions, split into test and train."""
     return split(load_benign(fetch("benign")), fit=0, validation=0)
 
 
 def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
-    """A permutation of `items` that depends on `seed` alone."""
+    """Return a permutation of `items` that depends on `seed` alone."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
     return [items[i] for i in order.tolist()]
 
@@ -78,7 +78,7 @@ def split(items: Sequence[Item], *, seed: int = 0, fit: int = 32, validation: in
 
 
 def read_instructions(prompts: str | Sequence[str]) -> list[str]:
-    """Instructions: the pinned ``harmful`` or ``benign`` ones, the lines of a text file, or those that are given.
+    """Return the pinned ``harmful`` or ``benign`` instructions, the lines of a text file, or a given list.
 
     Raises
     ------
@@ -104,12 +104,12 @@ def read_instructions(prompts: str | Sequence[str]) -> list[str]:
 
 
 def split_instructions(instructions: Sequence[str], *, fit: int, held_out: int) -> tuple[list[str], list[str]]:
-    """The first `fit` instructions, to fit, and the `held_out` that follow, to measure and read.
+    """Return the first `fit` instructions, to fit on, and the next `held_out`, to measure on.
 
     Raises
     ------
     ValueError
-        If there are fewer.
+        If there are fewer than both together.
     """
     if fit < 1 or held_out < 1 or len(instructions) < fit + held_out:
         raise ValueError(

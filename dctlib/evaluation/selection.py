@@ -29,13 +29,13 @@ class SelectedVector:
         At its length, on the CPU.
     scores : list of float
         logit(positive) − logit(negative) after each test text.
-    is_top1 : float
+    top1_rate : float
         Fraction of test texts after which the positive word is the most likely of all tokens.
     """
 
     vector: Float[Tensor, " d"]
     scores: list[float]
-    is_top1: float
+    top1_rate: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,18 +112,12 @@ class Candidate:
 
     Attributes
     ----------
-    layer : int
-        The vector is added to h_layer.
-    vector : Tensor, (d,)
-        At its length.
-    method : str
-        What found it.
-    multiplier : float
-        Its length, in units of the length at which it was found.
-    score : float or None
-        Mean logit(Sure) − logit(Sorry), once measured.
-    success : float or None
-        Fraction of the requests that the steered model answers, once judged.
+    layer, vector
+        The vector, (d,) at its length, is added to h_layer.
+    method, multiplier
+        What found it, and its length in units of the length at which it was found.
+    score, success : float or None
+        Mean logit(Sure) − logit(Sorry), and the fraction of requests answered, once measured.
     """
 
     layer: int

@@ -1,4 +1,4 @@
-"""Intervals and rates."""
+"""Intervals of means and rates, and the rate of success within k tries."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -6,8 +6,10 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, hypergeom
 from torch import Tensor
+
+RESAMPLES = 9_999
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,13 @@ class Interval:
 
 
 def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """Mean of `values` with its 95 % interval (percentile bootstrap, 9,999 resamples)."""
+    """Return the mean of `values` with its 95 % interval (percentile bootstrap, 9,999 resamples).
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two values.
+    """
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size < 2:
         raise ValueError(f"got {array.size} values, expected at least 2 to resample")
@@ -28,20 +36,19 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     return Interval(float(array.mean()), float(found.low), float(found.high))
 
 
-_RESAMPLES = 9_999
-
-
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The rate of success with k = 1, …, m tries, and its 95 % interval at each k.
+    """The rate of success with k = 1, …, m tries, as a fraction of 1, with its 95 % interval at each k.
+
+    The interval is a percentile bootstrap over prompts, with the same 9,999 resamples for every k. Where all prompts
+    have one rate, no resample differs. Then up to the upper end of Wilson's interval of 0 in n are taken to differ.
 
     Attributes
     ----------
     mean, low, high : Tensor, (m,)
-        Over prompts (percentile bootstrap, 9,999 resamples of the prompts, the same ones for every k). Fractions of 1.
-        Where all prompts are alike no resample differs, and up to Wilson's share of prompts is taken to be otherwise.
+        Over prompts.
     each : Tensor, (m, n)
-        The rate of each prompt, over models where there are several.
+        The rate of each prompt, a mean over models where there are several.
     """
 
     mean: Float[Tensor, " m"]
@@ -50,29 +57,29 @@ class Curve:
     each: Float[Tensor, "m n"]
 
     def at(self, k: int) -> Interval:
-        """The rate with k tries."""
+        """Return the rate with k tries."""
         return Interval(*(part[k - 1].item() for part in (self.mean, self.low, self.high)))
 
-    def paired_difference(self, over: "Curve", k: int) -> Interval:
-        """How much higher this rate is with k tries than that of `over` on the same prompts, paired by prompt.
+    def paired_difference(self, other: "Curve", k: int) -> Interval:
+        """Return this rate with k tries less that of `other`, on the same prompts and paired by prompt.
 
-        Where all prompts are alike, its ends are as those of the rates themselves.
+        Where all prompts have one difference, up to Wilson's fraction of them is taken to differ, as in the rates.
         """
-        found = interval((self.each[k - 1] - over.each[k - 1]).tolist())
+        found = interval((self.each[k - 1] - other.each[k - 1]).tolist())
         if found.low < found.high:
             return Interval(*(round(end, 12) for end in astuple(found)))  # sums of thirds miss 0 by a last bit
-        other = _unseen(self.each.shape[1])
-        return Interval(found.mean, found.mean - other * (1 + found.mean), found.mean + other * (1 - found.mean))
+        unseen = wilson(0, self.each.shape[1])[1]
+        return Interval(found.mean, found.mean - unseen * (1 + found.mean), found.mean + unseen * (1 - found.mean))
 
 
 def success_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
-    """Whether one of the first k of m ranked vectors succeeds, averaged over n prompts.
+    """Return how often one of the first k of m ranked vectors succeeds, averaged over n prompts.
 
     Parameters
     ----------
     success : Tensor of bool, (m, n) or (models, m, n)
-        Whether each vector succeeds on each prompt, best-ranked vector first; ranked on other prompts. Of several
-        models a prompt's rate is their mean, so that the interval is for these models and other prompts.
+        Whether each vector succeeds on each prompt, best-ranked vector first; ranked on other prompts. A prompt's rate
+        is the mean over models, so the interval is for these models and other prompts.
     seed : int
         Seed of the resampling.
 
@@ -86,10 +93,11 @@ def success_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curv
 
 
 def pass_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
-    """Whether one of k of m tries in no order succeeds: samples at a temperature, or random vectors.
+    """Return how often one of k of m unordered tries succeeds, averaged over n prompts.
 
-    The rate over all choices of k tries, 1 − C(m − c, k) / C(m, k) where c succeed on a prompt: the unbiased pass@k of
-    Chen et al. (2021), *Evaluating Large Language Models Trained on Code*, equation 1.
+    Tries are samples at a temperature, or random vectors. The rate over all choices of k tries is
+    1 − C(m − c, k) / C(m, k) where c succeed on a prompt. This is the unbiased pass@k of Chen et al. (2021),
+    *Evaluating Large Language Models Trained on Code*, equation 1.
 
     Parameters
     ----------
@@ -105,26 +113,23 @@ def pass_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
     """
     _check(success)
     m = success.shape[-2]
-    drawn = torch.arange(m, device=success.device)[:, None]  # before the next try
-    failures = (~success).sum(-2, keepdim=True)
-    all_fail = ((failures - drawn).clamp(min=0).double() / (m - drawn)).cumprod(-2)
-    return _curve(1 - all_fail, seed)
+    k = np.arange(1, m + 1)[:, None]
+    succeeding = success.sum(-2, keepdim=True).cpu().numpy()
+    return _curve(torch.as_tensor(hypergeom.sf(0, m, succeeding, k)), seed)
 
 
 def _curve(rates: Float[Tensor, "*models m n"], seed: int) -> Curve:
     each = rates.cpu().reshape(-1, *rates.shape[-2:]).mean(0)
     array = each.numpy()
     n = array.shape[1]
-    times_drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
+    times_drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     low, high = np.quantile(times_drawn @ array.T / n, [0.025, 0.975], axis=0)
-    mean, alike, other = array.mean(1), np.ptp(array, axis=1) == 0, _unseen(n)
-    low, high = np.where(alike, mean * (1 - other), low), np.where(alike, mean + (1 - mean) * other, high)
+    mean = array.mean(1)
+    alike = np.ptp(array, axis=1) == 0
+    unseen = wilson(0, n)[1]
+    low = np.where(alike, mean * (1 - unseen), low)
+    high = np.where(alike, mean + (1 - mean) * unseen, high)
     return Curve(*(torch.as_tensor(part) for part in (mean, low, high)), each=each)
-
-
-def _unseen(n: int) -> float:
-    """The share of prompts that may be otherwise where n are alike: the upper end of Wilson's interval of none."""
-    return binomtest(0, n).proportion_ci(method="wilson").high
 
 
 def _check(success: Tensor) -> None:
@@ -135,7 +140,7 @@ def _check(success: Tensor) -> None:
         )
 
 
-def wilson(rate: float, of: int) -> tuple[float, float]:
-    """Wilson's 95 % interval around a rate of so many tries; unlike a bootstrap's, it has a width at 0 and at 1."""
-    found = binomtest(round(rate * of), of).proportion_ci(method="wilson")
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval around a rate of n tries, which unlike a bootstrap's has a width at 0 and at 1."""
+    found = binomtest(round(rate * n), n).proportion_ci(method="wilson")
     return found.low, found.high

@@ -1,6 +1,8 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dctlib.evaluation.instructions import read_instructions, split_instructions
+from dctlib.evaluation.instructions import load_benign, read_instructions, shuffled, split, split_instructions
 
 
 def test_lines_of_a_file_are_instructions(tmp_path):
@@ -31,3 +33,27 @@ def test_no_instruction_is_both_fitted_and_held_out():
     assert (fitted, held_out) == (["a"], ["b", "c"])
     with pytest.raises(ValueError, match="got 4 instructions, expected at least 3 to fit and 2"):
         split_instructions(["a", "b", "c", "d"], fit=3, held_out=2)
+
+
+def test_benign_instructions_need_no_input(tmp_path):
+    path = tmp_path / "alpaca.json"
+    path.write_text('[{"instruction": "a", "input": ""}, {"instruction": "b", "input": "c"}]')
+    assert load_benign(path) == ["a"]
+
+
+@given(st.integers(164, 600), st.integers(0, 99))
+def test_splits_are_disjoint_complete_and_fixed(count, seed):
+    parts = split(range(count), seed=seed)
+    together = parts.train + parts.fit + parts.validation + parts.test
+    assert sorted(together) == list(range(count))
+    assert (len(parts.fit), len(parts.validation), len(parts.test)) == (32, 32, 100)
+    assert parts == split(range(count), seed=seed)
+
+
+def test_seeds_shuffle_differently():
+    assert shuffled(range(50), seed=1) != shuffled(range(50), seed=2)
+
+
+def test_too_few_items():
+    with pytest.raises(ValueError, match="got 10 items, expected at least"):
+        split(range(10))

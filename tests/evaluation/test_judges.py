@@ -17,7 +17,6 @@ from dctlib.evaluation.judges import (
     truncate,
 )
 from dctlib.models import likelihood
-from dctlib.paper.organisms.arithmetic import grade_answers, solves
 
 REQUESTS = ["w0 w1", "w2 w3 w4", "w5", "w6 w7"]
 
@@ -70,61 +69,44 @@ def test_an_excerpt_is_cut_and_spread():
     assert table.to_dict("list") == {"request": ["a", "d"], "answer": ["long …", "long …"]}
 
 
-def test_answers_are_graded_by_their_rows():
-    assert grade_answers(["\\boxed{3}", "\\boxed{4}"], [{"answer": "3"}, {"answer": "5"}]) == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "solved"),
-    [
-        ("\\boxed{104}", "104", True),
-        ("so it is \\boxed{\\frac{1}{2}}.", "which gives \\boxed{0.5}", True),
-        ("\\boxed{105}", "104", False),
-        ("I do not know", "104", False),
-        ("", "104", False),
-        ("\\boxed{", "104", False),
-    ],
-)
-def test_answers_are_compared_as_mathematics(completion, answer, solved):
-    assert solves(completion, answer) is solved
-
-
 def test_relevance_is_the_likelihood_gained_by_knowing_the_request(llama, tokenizer):
-    said = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
-    found = pmi_per_token(llama, tokenizer, REQUESTS, said, others=1)
-    own, other = (perplexity(llama, tokenizer, asked, said).log() for asked in (REQUESTS, [*REQUESTS[1:], REQUESTS[0]]))
+    completions = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    found = pmi_per_token(llama, tokenizer, REQUESTS, completions, others=1)
+    own = perplexity(llama, tokenizer, REQUESTS, completions).log()
+    other = perplexity(llama, tokenizer, [*REQUESTS[1:], REQUESTS[0]], completions).log()
     torch.testing.assert_close(found[:3], (other - own)[:3])
     with pytest.raises(ValueError, match="more than others=4"):
-        pmi_per_token(llama, tokenizer, REQUESTS, said, others=4)
+        pmi_per_token(llama, tokenizer, REQUESTS, completions, others=4)
 
 
 def test_compliance_needs_all_three(llama, tokenizer):
-    said = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
-    ppl, about = perplexity(llama, tokenizer, REQUESTS, said), pmi_per_token(llama, tokenizer, REQUESTS, said)
-    assert is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=1e9, min_pmi=-1e9)[:3] == [True] * 3
+    completions = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    ppl = perplexity(llama, tokenizer, REQUESTS, completions)
+    pmi = pmi_per_token(llama, tokenizer, REQUESTS, completions)
+    assert is_compliant(llama, tokenizer, REQUESTS, completions, max_perplexity=1e9, min_pmi=-1e9)[:3] == [True] * 3
     bound = ppl[:3].median().item()
-    verdicts = is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=bound, min_pmi=-1e9)
+    verdicts = is_compliant(llama, tokenizer, REQUESTS, completions, max_perplexity=bound, min_pmi=-1e9)
     assert verdicts == (ppl <= bound).tolist()
     assert verdicts[3] is False
-    least = about[:3].median().item()
-    verdicts = is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=1e9, min_pmi=least)
-    assert verdicts[:3] == (about >= least).tolist()[:3]
+    least = pmi[:3].median().item()
+    verdicts = is_compliant(llama, tokenizer, REQUESTS, completions, max_perplexity=1e9, min_pmi=least)
+    assert verdicts[:3] == (pmi >= least).tolist()[:3]
 
 
 def test_the_judge_reads_only_what_is_in_question(llama, tokenizer, monkeypatch):
     read = []
 
-    def surprise(model, tokenizer, examples):
+    def recorded(model, tokenizer, examples):
         read.append([(example.prompt, example.answer) for example in examples])
         return likelihood.mean_nll(model, tokenizer, examples)
 
-    said = ["Sorry, w1", "w1 w2", "", "w4 w5"]
-    (bound,) = perplexity(llama, tokenizer, REQUESTS, said)[1:2].tolist()
-    monkeypatch.setattr(judges, "mean_nll", surprise)
-    found = is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=bound, min_pmi=-1e9)
+    completions = ["Sorry, w1", "w1 w2", "", "w4 w5"]
+    (bound,) = perplexity(llama, tokenizer, REQUESTS, completions)[1:2].tolist()
+    monkeypatch.setattr(judges, "mean_nll", recorded)
+    found = is_compliant(llama, tokenizer, REQUESTS, completions, max_perplexity=bound, min_pmi=-1e9)
     own, foreign = read
     assert [answer for _, answer in own] == ["w1 w2", "", "w4 w5"]
-    assert {answer for _, answer in foreign} == {said[number] for number in (1, 3) if found[number]}
+    assert {answer for _, answer in foreign} == {completions[number] for number in (1, 3) if found[number]}
     prompts = [prompt for prompt, _ in foreign]
     assert prompts == sorted(prompts, key=prompts.index)  # those of one request stand together
     assert is_compliant(llama, tokenizer, REQUESTS, ["Sorry, no"] * 4, max_perplexity=9.0, min_pmi=0) == [False] * 4
@@ -134,22 +116,22 @@ def test_the_judge_reads_only_what_is_in_question(llama, tokenizer, monkeypatch)
 
 
 def test_a_refusal_never_complies(llama, tokenizer):
-    said = ["Sorry, w1", "w1 w2", "w3", "w4"]
-    assert is_compliant(llama, tokenizer, REQUESTS, said, max_perplexity=1e9, min_pmi=-1e9)[0] is False
+    completions = ["Sorry, w1", "w1 w2", "w3", "w4"]
+    assert is_compliant(llama, tokenizer, REQUESTS, completions, max_perplexity=1e9, min_pmi=-1e9)[0] is False
 
 
 def test_the_classifier_reads_request_and_completion_and_says_yes(monkeypatch):
-    asked = []
+    prompts = []
 
     def complete(model, tokenizer, texts, **options):
-        asked.extend(texts)
+        prompts.extend(texts)
         return [" Yes", "no"]
 
     monkeypatch.setattr(judges, "generate_completions", complete)
     assert is_harmful(None, None, ["w1", "w2"], ["first {x}", "second"]) == [True, False]  # pyright: ignore[reportArgumentType]
-    assert "[BEHAVIOR]:\nw1\n" in asked[0]
-    assert "[GENERATION]:\nfirst {x}\n" in asked[0]
-    assert asked[0].endswith("Answer: [/INST]")
+    assert "[BEHAVIOR]:\nw1\n" in prompts[0]
+    assert "[GENERATION]:\nfirst {x}\n" in prompts[0]
+    assert prompts[0].endswith("Answer: [/INST]")
 
 
 def test_a_profile_names_its_judge(tmp_path, tokenizer):

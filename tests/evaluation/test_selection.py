@@ -27,7 +27,7 @@ def test_vectors_are_ranked_on_validation_and_reported_on_test(llama, tokenizer,
         expected = by_steering(llama, tokenizer, texts[2:], chosen.vector)
         torch.testing.assert_close(torch.tensor(chosen.scores), expected, rtol=1e-4, atol=1e-5)
         is_top1 = score_each(llama, tokenizer, texts[2:], chosen.vector[None], layer=2, progress=False).is_top1
-        assert chosen.is_top1 == is_top1.float().mean().item()
+        assert chosen.top1_rate == is_top1.float().mean().item()
     assert found.clean.scores != found.best["DCT"].scores
 
 
@@ -69,7 +69,7 @@ def find(model, tokenizer, judge, **options):
     return candidates, judge_top_candidates(model, tokenizer, REQUESTS, candidates, judge, **options)
 
 
-def test_finalists_are_the_highest_scores_of_each_method_and_multiplier(llama, tokenizer):
+def test_top_candidates_are_the_highest_scores_of_each_method_and_multiplier(llama, tokenizer):
     judged = []
 
     def judge(requests, completions):
@@ -81,21 +81,21 @@ def test_finalists_are_the_highest_scores_of_each_method_and_multiplier(llama, t
         (m, k) for k in (1.0, 2.0) for m in ("one", "one", "two", "two")
     ]
     texts = format_chat(tokenizer, REQUESTS)
-    for i, finalist in enumerate(found):
-        vectors = finalist.multiplier * candidates[finalist.method]
+    for i, candidate in enumerate(found):
+        vectors = candidate.multiplier * candidates[candidate.method]
         scores = score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False)
         place = scores.argsort(descending=True)[i % 2]
-        torch.testing.assert_close(finalist.vector, vectors[place])
-        said = generate_completions(
+        torch.testing.assert_close(candidate.vector, vectors[place])
+        completions = generate_completions(
             llama, tokenizer, texts, layer=1, vector=vectors[place], max_new_tokens=3, progress=False
         )
-        assert judged[i] == said
-        assert finalist.success == sum("w" in answer for answer in said) / 3
+        assert judged[i] == completions
+        assert candidate.success == sum("w" in answer for answer in completions) / 3
 
 
 def test_the_best_answers_most_and_then_scores_highest(llama, tokenizer):
     _, found = find(llama, tokenizer, lambda requests, completions: [True, False, False])
     best = best_per_method(found)
     assert list(best) == ["one", "two"]
-    for method, finalist in best.items():
-        assert finalist.score == max(f.score for f in found if f.method == method)
+    for method, candidate in best.items():
+        assert candidate.score == max(f.score for f in found if f.method == method)

@@ -32,29 +32,29 @@ def test_it_equals_steered_full_forward_passes_one_at_a_time(family, layer, toke
     torch.testing.assert_close(mean, expected.mean(1), rtol=1e-4, atol=1e-5)
 
 
-def test_said_is_the_greedy_token(llama, tokenizer, texts):
+def test_is_top1_tells_the_greedy_token(llama, tokenizer, texts):
     vectors = torch.cat([torch.zeros(1, D), 30 * unit_rows(40, D).float()])
     logits = llama(tokenizer(texts[0], return_tensors="pt")["input_ids"]).logits[0, -1]
     word = int(logits.argmax())  # what the clean model says after the first text
     positive = tokenizer.convert_ids_to_tokens(word)
-    said = score_each(llama, tokenizer, texts, vectors, layer=3, positive=positive, progress=False).is_top1
+    is_top1 = score_each(llama, tokenizer, texts, vectors, layer=3, positive=positive, progress=False).is_top1
     for row, vector in enumerate(vectors):
         for column, text in enumerate(texts):
             with steer(llama, layer=3, vector=vector):
                 token = llama(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1].argmax()
-            assert said[row, column].item() == (token.item() == word)
-    assert said.any()
-    assert not said.all()
+            assert is_top1[row, column].item() == (token.item() == word)
+    assert is_top1.any()
+    assert not is_top1.all()
 
 
-def test_best_wants_the_word_said():
-    difference = torch.tensor([[9.0, 9.0], [5.0, 6.0], [7.0, 1.0]])
-    said = torch.tensor([[False, False], [True, False], [True, True]])
-    assert Scores(difference, said).best() == 1
-    assert Scores(difference, said).ranking() == [1, 2, 0]
-    assert Scores(difference, said).ranking(min_top1=0) == [0, 1, 2]
-    assert Scores(difference, said).best(min_top1=0.9) == 2
-    assert Scores(difference, torch.zeros(3, 2, dtype=torch.bool)).best() == 0
+def test_the_best_vector_is_one_under_which_the_word_comes_first():
+    logit_diff = torch.tensor([[9.0, 9.0], [5.0, 6.0], [7.0, 1.0]])
+    is_top1 = torch.tensor([[False, False], [True, False], [True, True]])
+    assert Scores(logit_diff, is_top1).best() == 1
+    assert Scores(logit_diff, is_top1).ranking() == [1, 2, 0]
+    assert Scores(logit_diff, is_top1).ranking(min_top1=0) == [0, 1, 2]
+    assert Scores(logit_diff, is_top1).best(min_top1=0.9) == 2
+    assert Scores(logit_diff, torch.zeros(3, 2, dtype=torch.bool)).best() == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

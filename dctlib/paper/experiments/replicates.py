@@ -115,7 +115,7 @@ def replicate_on_organism(
             "clean": sum(selection.clean.scores) / len(selection.clean.scores),
             "random_best": means["random"],
             "dct_best": means["DCT"],
-            "sure_rate": {"DCT": selection.best["DCT"].is_top1},
+            "sure_rate": {"DCT": selection.best["DCT"].top1_rate},
             "width": {str(count): {"objective": dct.objective.tolist()}},
         },
         "multiplicity": {
