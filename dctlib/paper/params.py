@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from dctlib._io import ROOT
+from dctlib._io import ROOT, explain_invalid
+from dctlib.discovery.options import DiscoverOptions
 
 
 def _integer(least: int, most: int | None = None) -> Any:
@@ -58,8 +59,8 @@ RULES: dict[str, Any] = {
     "stability.seeds": _several(INDEX, 2, 2),
     # prompts
     **dict.fromkeys(("fit_prompts", "validation"), _integer(1, FIT)),
-    **dict.fromkeys(("anomaly.fit_prompts", "discover.fit_prompts"), COUNT),  # from sets of their own
-    **dict.fromkeys(("discover.validation", "anomaly.trusted"), _integer(2)),
+    "anomaly.fit_prompts": COUNT,  # from a set of its own
+    "anomaly.trusted": _integer(2),
     "stability.fit_prompts": _integer(1, FIT // 2),  # two fits share no prompt
     "circuit_breaker.validation": _integer(4, FIT),
     "hidden_sums.held_out": _integer(2, FIT),
@@ -72,7 +73,7 @@ RULES: dict[str, Any] = {
     "multiplicity.test": _integer(5, TEST),
     # fits
     **dict.fromkeys(("auditing.num_factors", "hidden_sums.num_factors"), EVEN),  # power steering has both signs
-    **dict.fromkeys(("sample_complexity.num_factors", "discover.num_factors", "shown", "shuffles"), _integer(2)),
+    **dict.fromkeys(("sample_complexity.num_factors", "multiplicity.shown", "shuffles"), _integer(2)),
     "plain_batch": _integer(2),
     "least": RATE,
     **dict.fromkeys(("threshold", "min_pmi"), NUMBER),
@@ -80,10 +81,6 @@ RULES: dict[str, Any] = {
     "dtype": Literal["native", "float32", "bfloat16"],
     "organisms.kinds": list[Literal["refusal"]],  # none where the profile's models already hide something
     "questions": Literal["sums", "math"],
-    "method": Literal["exponential", "quadratic", "linear"],
-    "rank_by": Literal["fluent", "divergence", "change", "alpha", "score"],
-    "prompts": TEXT | _several(TEXT, 2),
-    "words": tuple[TEXT, TEXT],
     "supervised_lengths": _several(POSITIVE, 0),
     "others": create_model(
         "Others",
@@ -93,6 +90,11 @@ RULES: dict[str, Any] = {
         horizon=(_several(COUNT, 0), ...),
         positions=(_several(COUNT, 0), ...),
     ),
+    # the options of the command line
+    **{
+        f"discover.{name}": Annotated[field.annotation, field.description, *field.metadata]
+        for name, field in DiscoverOptions.model_fields.items()
+    },
 }
 """What a value must be, by parameter, or by notebook and parameter."""
 
@@ -112,12 +114,8 @@ class _Section(BaseModel):
 def _contradiction(values: Mapping[str, Any]) -> str | None:
     """Return what is wrong with parameters that are valid one by one."""
     source, target = values.get("source"), values.get("target")
-    if (source is None) != (target is None):
-        return "give both source and target, or neither"
     if source is not None and target is not None and source >= target:
         return f"source={source} must lie below target={target}"
-    if values.get("rank_by") == "score" and values["words"] is None:
-        return "rank_by='score' needs two words"
     prompt = values.get("prompt")
     if "questions" in values and prompt and "{question}" not in prompt:
         return f"prompt={prompt!r} must hold {{question}}, where each question goes"
@@ -200,19 +198,20 @@ def read_defaults(notebook: Path) -> dict[str, tuple[Any, list[str]]]:
     return defaults
 
 
-def _section(notebook: Path) -> type[_Section]:
+def _section(notebook: Path) -> type[BaseModel]:
     return _section_at(notebook, notebook.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=256)
-def _section_at(notebook: Path, _changed: int) -> type[_Section]:
+def _section_at(notebook: Path, _changed: int) -> type[BaseModel]:
     defaults = read_defaults(notebook)
     fields: dict[str, Any] = {
         name: (_type_of(notebook.stem, name, default, annotation), ...)
         for name, (default, annotation) in defaults.items()
         if name != "profile"  # which the pipeline adds
     }
-    return create_model(notebook.stem, __base__=_Section, **fields)
+    base = DiscoverOptions if notebook.stem == "discover" else _Section
+    return create_model(notebook.stem, __base__=base, **fields)
 
 
 def _type_of(stem: str, name: str, default: Any, annotation: list[str]) -> Any:
@@ -244,17 +243,4 @@ def _validate(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(where, detail) for detail in error.errors()]
-        raise ValueError("\n".join(lines)) from error
-
-
-def _explain(where: str, detail: Any) -> str:
-    key = ".".join(map(str, detail["loc"]))
-    match detail["type"]:
-        case "extra_forbidden":
-            return f"{where}: unknown key {key}; is it misspelt?"
-        case "missing":
-            return f"{where}: {key} is missing"
-        case "value_error":  # of keys together
-            return f"{where}: {key}{': ' if key else ''}{detail['ctx']['error']}"
-    return f"{where}: {key} = {detail['input']!r}: {detail['msg']}"
+        raise ValueError(explain_invalid(where, error)) from error

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dctlib._io import ROOT
-from dctlib.paper.params import load_profile, load_run
+from dctlib.discovery.options import DiscoverOptions
+from dctlib.paper.params import load_profile, load_run, read_defaults
 
 PROFILES = ["smoke", "laptop", "paper"]
 
@@ -160,3 +161,8 @@ def test_more_prompts_than_a_split_holds_are_refused(root, section, key, value, 
     sections[section][key] = value
     with pytest.raises(ValueError, match=rf"(?s){section}.{key}.*less than or equal to {most}"):
         written(root, sections)
+
+
+def test_the_options_of_discover_are_the_parameters_of_its_notebook():
+    parameters = read_defaults(ROOT / "notebooks" / "discover.ipynb")
+    assert set(parameters) - {"profile"} == set(DiscoverOptions.model_fields)
