@@ -21,6 +21,7 @@ STAGES: dict[str, Callable[..., Cells]] = {}
 """Stages in the order of work: name of a notebook -> function from its parameters, in params/<profile>.yaml, to cells."""
 
 MOST_FAILURES = 3
+"""The failure that ends the queue."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class StudyCell:
         """The path of the cell's record, whether it is there or not."""
         return record_path(self.task, self.setting, folder=self.folder)
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> str:
+        """The stage and the task, for messages."""
         return f"{self.stage}: {self.task.__name__}"
 
 
@@ -91,13 +94,13 @@ def run_study(
             for cell in missing:
                 if minutes is not None and time.monotonic() - start >= 60 * minutes:
                     break
-                bar.set_description(str(cell))
+                bar.set_description(cell.label)
                 if cell.path.exists():  # another process, or `git pull`, has brought it meanwhile
                     continue
                 try:
                     record_cell(cell.task, cell.setting, folder=cell.folder)
                 except Exception as error:
-                    failures.append(f"{cell}({dict(cell.setting)}): {type(error).__name__}: {error}")
+                    failures.append(f"{cell.label}({dict(cell.setting)}): {type(error).__name__}: {error}")
                     bar.write(failures[-1], file=sys.stderr)
                     if len(failures) == MOST_FAILURES:
                         break
@@ -128,7 +131,7 @@ def verify_records(profile: str = "study", *, sample: int, seed: int, root: Path
         found = mismatches(cell.task, read_record(cell.path)["result"], cell.task(**cell.setting))
         if found:
             lines.append(
-                f"{cell} {cell.path.stem}: {len(found)} values differ, first {found[0]}; was its version raised?"
+                f"{cell.label} {cell.path.stem}: {len(found)} values differ, first {found[0]}; was its version raised?"
             )
     print(f"computed {len(chosen)} of {len(recorded)} recorded cells again (seed {seed}): {len(lines)} differ")
     if lines:

@@ -4,11 +4,15 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from dctlib._io import atomic_path, sha256
@@ -19,6 +23,11 @@ from dctlib.maps.causal import CausalMap
 Task = Callable[..., Any]
 
 Setting = Mapping[str, Any]
+
+EncodedResult = tuple[str, bytes]
+"""The suffix and the content of a result's file."""
+
+_JSON = "json"  # in the metadata of a safetensors file: the part of a dict that is not tensors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -92,36 +101,13 @@ def cache_key(name: str, version: int, inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def remember(
-    folder: str | Path,
-    key: str,
-    make: Callable[[], Result],
-    *,
-    save: Callable[[Result, Path], object] = lambda value, path: path.write_text(json.dumps(value)),
-    load: Callable[[Path], Result] = lambda path: json.loads(path.read_text()),
-) -> Result:
-    """Return what `make` gave under this `key`, calling it only the first time.
+def remember(folder: str | Path, key: str, make: Callable[[], Result]) -> Result:
+    """Return the result stored in `folder` under `key`, or else call `make`, store what it returns, and return that.
 
-    Parameters
-    ----------
-    folder : path
-        Where results lie, one file each. A file's name holds its key and its own checksum, so a damaged file is found
-        and made again.
-    key : str
-        From :func:`cache_key`.
-    make : callable
-        Computes the result. A run that is killed inside it leaves nothing; the next run calls it again.
-    save, load : callable
-        How a result becomes a file and back; JSON by default.
+    A run that is killed inside `make` leaves nothing; the next run calls it again.
     """
-    folder = Path(folder)
-    for path in folder.glob(f"{key}.*"):
-        if path.name == f"{key}.{sha256(path)[:16]}":
-            return load(path)
-        path.unlink()  # damaged
-    with atomic_path(folder / key) as partial:
-        save(make(), partial)
-    return load((folder / key).rename(folder / f"{key}.{sha256(folder / key)[:16]}"))
+    stored = read_results(folder, [key])
+    return stored[key] if key in stored else write_result(folder, key, encode_result(make()))
 
 
 def cached_fit(
@@ -132,7 +118,28 @@ def cached_fit(
     The key holds the map's digest, the settings, and :data:`dctlib.fits.solvers.FIT_VERSION`.
     """
     key = cache_key(fit.__name__, FIT_VERSION, {"map": cmap.digest, **settings})
-    return remember(folder, key, lambda: fit(cmap, **settings), save=Transcoder.save, load=Transcoder.load)
+    return remember(folder, key, lambda: fit(cmap, **settings))
+
+
+def encode_result(result: Any) -> EncodedResult:
+    """Return the suffix and the content of the file for a result: JSON, tensors beside JSON, or a transcoder.
+
+    Raises
+    ------
+    ValueError
+        If the result is something else, or holds NaN or infinity outside of its tensors.
+    """
+    if isinstance(result, Transcoder):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "transcoder"
+            result.save(path)
+            return "safetensors", path.read_bytes()
+    tensors, rest = split_tensors(result)
+    try:
+        text = json.dumps(rest, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected JSON without NaN, tensors in a dict, or a Transcoder: {error}") from error
+    return ("safetensors", save(tensors, metadata={_JSON: text})) if tensors else ("json", text.encode())
 
 
 def split_tensors(result: Any) -> tuple[dict[str, Tensor], Any]:
@@ -145,3 +152,37 @@ def split_tensors(result: Any) -> tuple[dict[str, Tensor], Any]:
         if isinstance(value, Tensor)
     }
     return tensors, {name: value for name, value in result.items() if name not in tensors}
+
+
+def write_result(folder: str | Path, key: str, encoded: EncodedResult) -> Any:
+    """Write ``<key>.<checksum>.<suffix>``, whole or not at all, and return the result as it is read from there."""
+    suffix, content = encoded
+    path = Path(folder) / f"{key}.{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)
+    return _read(path)
+
+
+def read_results(folder: str | Path, keys: Collection[str]) -> dict[str, Any]:
+    """Return the results stored under `keys`, by key. A file that its checksum does not match is removed."""
+    stored = {}
+    for path in Path(folder).glob("*.*.*"):
+        key, checksum = path.name.split(".")[:2]
+        if key not in keys:
+            continue
+        if sha256(path)[:16] == checksum:
+            stored[key] = _read(path)
+        else:
+            warnings.warn(f"{path} is damaged; computing it again", stacklevel=3)
+            path.unlink()
+    return stored
+
+
+def _read(path: Path) -> Any:
+    """Return the result in a file of :func:`write_result`."""
+    if path.suffix == ".json":
+        return json.loads(path.read_bytes())
+    with safe_open(path, framework="pt") as file:
+        if text := (file.metadata() or {}).get(_JSON):
+            return json.loads(text) | {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Transcoder.load(path)

@@ -1,4 +1,4 @@
-"""A Ray cluster: connecting to one, what it has room for, and what its processes answer. Ray itself is optional."""
+"""A Ray cluster: its connection, its capacity and the results of its workers. Ray is an optional dependency."""
 
 import importlib
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def connect(address: str) -> Any:
-    """The module ``ray``, connected to the cluster at `address`, or to the one that it is connected to already.
+    """Return the module ``ray``, connected to the cluster at `address` unless it is connected already.
 
     Parameters
     ----------
@@ -38,23 +38,23 @@ def connect(address: str) -> Any:
 
 
 def max_workers(ray: Any, *, cpus: int, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs the nodes of a cluster hold together, each on one node.
+    """Return how many workers of `cpus` CPUs and `gpus` GPUs each fit on the nodes of a cluster.
 
     Raises
     ------
     ValueError
-        If there is room for none: Ray would wait for ever.
+        If none fits, because Ray would wait for ever.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    found = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
-    if not found:
+    total = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
+    if not total:
         has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ValueError(f"got workers of {cpus} CPUs and {gpus:g} GPUs, but the nodes have {has}; ask for fewer")
-    return found
+    return total
 
 
 def get_result(ray: Any, reference: Any) -> Any:
-    """What a remote call, or each of a list of them, gave; an exception of it is raised as if it had come up here."""
+    """Return the result of a remote call, or of each in a list, and raise its exception as if it were of this process."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

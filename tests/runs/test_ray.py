@@ -15,7 +15,7 @@ from runs.test_sweep import SEEDS, calls_of, dies_at_first, fails, fit, mark, ru
 from tiny import assert_near, tiny_model, tiny_tokenizer, unit_rows
 
 from dctlib import CausalMap, fit_exponential, fit_linear, fit_quadratic, load_model
-from dctlib.runs.cache import cached_fit
+from dctlib.runs.cache import cached_fit, task
 from dctlib.runs.cluster import connect
 from dctlib.runs.sharded_map import ShardedMap
 from dctlib.runs.sweep import run_sweep
@@ -103,6 +103,7 @@ def sweep(cluster, tmp_path):
     return over
 
 
+@task(version=1)
 def on_both_nodes(calls, seed):
     """Wait until tasks run in two processes: on nodes of one CPU, so on both nodes."""
     mark(calls, seed)
@@ -136,6 +137,7 @@ def test_a_task_that_kills_each_worker_is_named(sweep):
     assert calls_of(sweep) == ["0", "_1", "_1"]
 
 
+@task(version=1)
 def where(calls, seed):
     return str(Path.cwd())
 
@@ -157,6 +159,7 @@ def test_workers_for_which_no_node_has_room_are_named(cluster, tmp_path):
             run_sweep(fails, SEEDS, folder=tmp_path, threads=threads, gpus=gpus, progress=False)
 
 
+@task(version=1)
 def gpus_of(calls, seed):
     mark(calls, seed)
     return len(ray.get_gpu_ids())

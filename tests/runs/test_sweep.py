@@ -16,7 +16,7 @@ import torch
 from dctlib import Transcoder, fit_exponential
 from dctlib.maps.synthetic import synthetic_map
 from dctlib.runs.cache import task
-from dctlib.runs.sweep import _file_from, run_sweep
+from dctlib.runs.sweep import _run_on_node, run_sweep
 
 
 def mark(calls, name):
@@ -78,7 +78,7 @@ def fails(seed):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """map_fits with folders of the test's own."""
+    """run_sweep with folders of the test's own."""
     calls, folder = tmp_path / "calls", tmp_path / "results"
     calls.mkdir()
 
@@ -142,11 +142,11 @@ def test_a_worker_that_is_killed_is_started_again_and_changes_no_result(sweep):
 class Dying:
     """In place of a worker: it is dead before it takes a task of seed −1."""
 
-    def submit(self, file, task, threads, setting):
+    def submit(self, run, task, threads, setting):
         if setting["seed"] == -1:
             raise BrokenProcessPool
         done = Future()
-        done.set_result(file(task, threads, setting))
+        done.set_result(run(task, threads, setting))
         return done
 
     def shutdown(self):
@@ -155,7 +155,7 @@ class Dying:
 
 def test_a_task_that_kills_every_worker_is_named_and_the_others_are_kept(sweep, monkeypatch):
     started = []
-    monkeypatch.setattr("dctlib.runs.sweep._process", lambda: started.append(1) or Dying())
+    monkeypatch.setattr("dctlib.runs.sweep._start_process", lambda: started.append(1) or Dying())
     with pytest.raises(RuntimeError, match=r"process of number\(calls=.*, seed=-1\) died 3 times"):
         sweep(number, [SEEDS[0], {"seed": -1}], workers=2)
     assert len(started) == 2 + 3
@@ -166,7 +166,7 @@ def test_a_task_that_kills_every_worker_is_named_and_the_others_are_kept(sweep, 
 def test_a_node_with_other_code_than_the_driver_computes_nothing(tmp_path):
     setting = {"calls": str(tmp_path), "seed": 0}
     with pytest.raises(ValueError, match=r"has another .*test_sweep, or another dctlib behind it"):
-        _file_from(Path.cwd(), "a key of other code", number, 1, setting)
+        _run_on_node(Path.cwd(), "a digest of other code", number, 1, setting)
     assert not list(tmp_path.iterdir())
 
 
