@@ -1,4 +1,4 @@
-"""One causal map over many devices: its factors are divided among Ray actors, each with the slice of the model."""
+"""One causal map over many devices: rows are divided among Ray actors, each of which holds the slice of the model."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,15 +18,15 @@ _FACTS = ("d_source", "d_target", "dtype", "scale", "source", "target", "chunk_s
 
 
 class ShardedMap(DifferentiableMap):
-    """The map of :class:`dctlib.CausalMap`; of each product, each of `shards` actors computes a part of the rows.
+    """A causal map whose rows are computed by several Ray actors, equal to :class:`dctlib.CausalMap` up to rounding.
 
-    Rows do not meet in any product, so it is equal to the map of one process up to rounding, and fits take one for the
-    other. An actor that is killed is started again and builds its map again; the product goes on.
+    Rows do not interact in any product, so each actor computes a part of them. Ray starts a killed actor again, and the
+    product continues.
 
     Parameters
     ----------
     model : str
-        What :func:`dctlib.load_model` takes, on every node: a folder must lie on each.
+        As in :func:`dctlib.load_model`, on every node: a folder must exist on each.
     texts : sequence of str
         Whole prompts.
     source, target, positions
@@ -34,23 +34,23 @@ class ShardedMap(DifferentiableMap):
     dtype : str, optional
         As in :func:`dctlib.load_model`.
     shards : int
-        Actors.
+        Number of actors.
     cpus : int
-        Of each actor, which are its threads.
+        CPUs, and so threads, of each actor.
     gpus : float
-        Of each actor, 1 for a map on GPUs; more where one does not hold the slice, whose blocks are then spread.
+        GPUs of each actor: 1 for a map on GPUs. With more, the blocks of the slice are spread over them.
     ray : str
-        The cluster, as :func:`dctlib.runs.cluster.connect` takes it.
+        The cluster, as in :func:`dctlib.runs.cluster.connect`.
 
     Attributes
     ----------
     digest : str
-        That of the map in one process.
+        The digest of the map in one process.
 
     Raises
     ------
     ValueError
-        If the cluster has no room for so many actors, or the nodes build different maps, or as
+        If the actors do not fit on the cluster, if the nodes build different maps, or as
         :meth:`dctlib.CausalMap.from_model` does.
     """
 
@@ -71,7 +71,8 @@ class ShardedMap(DifferentiableMap):
         ray: str = "auto",
     ):
         self._ray = connect(ray)
-        if not 1 <= shards <= (most := max_workers(self._ray, cpus=cpus, gpus=gpus)):
+        most = max_workers(self._ray, cpus=cpus, gpus=gpus)
+        if not 1 <= shards <= most:
             raise ValueError(
                 f"got shards={shards} of {cpus} CPUs and {gpus:g} GPUs, expected 1 to {most} on this cluster"
             )
@@ -82,32 +83,33 @@ class ShardedMap(DifferentiableMap):
         model = str(Path(model).resolve()) if Path(model).is_dir() else model  # an actor works in another directory
         self._shards = [actor.remote(model, list(texts), where, loading, cpus) for _ in range(shards)]
         facts = get_result(self._ray, [shard.facts.remote() for shard in self._shards])
-        if len({found["digest"] for found in facts}) > 1:
+        if len({each["digest"] for each in facts}) > 1:
             raise ValueError(f"the nodes build different maps of {model!r}; give all the same files and kind of device")
         for name, value in facts[0].items():
             setattr(self, name, value)
-        self.device, self.chunk_size = torch.device("cpu"), sum(found["chunk_size"] for found in facts)
+        self.device = torch.device("cpu")
+        self.chunk_size = sum(each["chunk_size"] for each in facts)
 
     def close(self) -> None:
-        """End the actors, so that the cluster has their devices again. The map computes nothing afterwards."""
+        """End the actors and release their devices. The map computes nothing afterwards."""
         for shard in self._shards:
             self._ray.kill(shard)
 
     def _product(self, name: Product, **rows: Tensor) -> Tensor:
-        def divided(*arguments: Tensor) -> Tensor:
+        def divide(*arguments: Tensor) -> Tensor:
             parts = zip(*(each.tensor_split(min(len(each), len(self._shards))) for each in arguments), strict=True)
             calls = [
-                # A view would travel with all its tensor.
+                # A copy, because a view is sent with its whole tensor.
                 shard.product.remote(name, {key: value.clone() for key, value in zip(rows, part, strict=True)})
                 for shard, part in zip(self._shards, parts, strict=False)
             ]
             return torch.cat(get_result(self._ray, calls))
 
-        return self._chunked(divided, **rows)
+        return self._chunked(divide, **rows)
 
 
 class _Shard:
-    """An actor: the map on its device. Built at the first call, so that an error of it reaches the caller as itself."""
+    """An actor with the map on its device, built at the first call so that the caller receives its exception."""
 
     def __init__(self, model: str, texts: list[str], where: dict[str, Any], loading: dict[str, Any], threads: int):
         self._recipe = model, texts, where, loading
@@ -118,7 +120,9 @@ class _Shard:
         name, texts, where, loading = self._recipe
         model, tokenizer = load_model(name, **loading)
         cmap = CausalMap.from_model(model, tokenizer, texts, **where)
-        facts = {fact: getattr(cmap, fact) for fact in _FACTS}  # before the weights go that the digest is a hash of
+        facts = {
+            fact: getattr(cmap, fact) for fact in _FACTS
+        }  # before weights are dropped, because the digest hashes them
         blocks = list(get_blocks(model))
         unused: list[Any] = [*blocks[: where["source"]], *blocks[where["target"] :]]
         for module in [*unused, model.get_input_embeddings(), model.get_output_embeddings()]:
