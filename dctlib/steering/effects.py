@@ -49,14 +49,15 @@ def effects(
     """
     vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
 
-    def compare(steered: list[Tensor], clean: list[Tensor]) -> Tensor:
-        log_p = compute_logits(model, steered[-1], vocabulary).log_softmax(-1)
-        clean_log_p = compute_logits(model, clean[-1], vocabulary).log_softmax(-1)
-        divergence = torch.sum(log_p.exp() * (log_p - clean_log_p), -1)
-        tokens = [log_p.argmax(-1), clean_log_p.argmax(-1).expand(len(log_p), -1)]
+    def read(residuals: list[Tensor]) -> Tensor:
+        return compute_logits(model, residuals[-1], vocabulary).log_softmax(-1)
+
+    def compare(steered: Tensor, clean: Tensor) -> Tensor:
+        divergence = torch.sum(steered.exp() * (steered - clean), -1)
+        tokens = [steered.argmax(-1), clean.argmax(-1).expand(len(steered), -1)]
         return torch.stack([divergence, *(each.to(divergence) for each in tokens)], -1)  # ids below 2²⁴ are exact
 
-    found = replay_last_token(model, tokenizer, texts, vectors, compare, layer=layer, progress=progress)
+    found = replay_last_token(model, tokenizer, texts, vectors, read, compare=compare, layer=layer, progress=progress)
     return Effects(found[..., 0], found[..., 1].long(), found[0, :, 2].long())
 
 
@@ -81,10 +82,12 @@ def change_norm_by_layer(
         As :func:`effects`.
     """
 
-    def norms(steered: list[Tensor], clean: list[Tensor]) -> Tensor:
-        pairs = zip(steered, clean, strict=True)
-        return torch.stack([(after.float() - before.float()).norm(dim=-1).cpu() for after, before in pairs], -1)
+    def read(residuals: list[Tensor]) -> Tensor:
+        return torch.stack([hidden.float().cpu() for hidden in residuals], -2)
 
-    behind = replay_last_token(model, tokenizer, texts, vectors, norms, layer=layer, progress=False).mean(1)
+    def compare(steered: Tensor, clean: Tensor) -> Tensor:
+        return (steered - clean).norm(dim=-1)
+
+    norms = replay_last_token(model, tokenizer, texts, vectors, read, compare=compare, layer=layer, progress=False)
     below = torch.zeros(len(vectors), layer)
-    return torch.cat([below, vectors.float().norm(dim=1, keepdim=True).cpu(), behind], 1)
+    return torch.cat([below, vectors.float().norm(dim=1, keepdim=True).cpu(), norms.mean(1)], 1)

@@ -16,16 +16,15 @@ from dctlib.models.packing import pack_prompts
 
 _TOKENS = 2560  # of a batch of vectors
 
-Read = Callable[[list[Tensor], list[Tensor]], Tensor]
-
 
 def replay_last_token(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     vectors: Float[Tensor, "m d"],
-    read: Read,
+    read: Callable[[list[Tensor]], Tensor],
     *,
+    compare: Callable[[Tensor, Tensor], Tensor] | None = None,
     layer: int,
     progress: bool = True,
 ) -> Float[Tensor, "m n ..."]:
@@ -40,8 +39,9 @@ def replay_last_token(
     vectors : Tensor, (m, d)
         Each is added to h_layer at every position.
     read : callable
-        ``read(steered, clean)``: residuals behind every block from `layer` on, as lists of (k, prompts, d) and
-        (1, prompts, d), to (k, prompts, …).
+        ``read(residuals)``: from those behind every block from `layer` on, (k, prompts, d) each, to (k, prompts, …).
+    compare : callable, optional
+        ``compare(steered, clean)``: from what `read` returns with the vectors and, with k = 1, without.
 
     Returns
     -------
@@ -67,11 +67,13 @@ def replay_last_token(
             last = torch.stack([path[-1] for path in tree.paths])
             with _last_residuals(blocks, last) as clean:
                 prompts = capture(model, tree, source=layer, target=layer + len(blocks))
+            reference = read(clean) if compare else torch.empty(0)
             rows = []
             for batch in vectors.split(max(1, _TOKENS // tree.tokens.shape[1])):
                 with _last_residuals(blocks, last) as steered:
                     replay(blocks, prompts, batch)
-                rows.append(read(steered, clean))
+                found = read(steered)
+                rows.append(compare(found, reference) if compare else found)
             columns.append(torch.cat(rows))
             bar.update(len(tree.paths))
     return torch.cat(columns, dim=1).cpu()

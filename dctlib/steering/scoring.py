@@ -84,8 +84,8 @@ def score_vectors(
     """
     words = torch.tensor(_words(tokenizer, positive, negative), device=model.device)
 
-    def logit_diff(steered: list[Tensor], _clean: list[Tensor]) -> Tensor:
-        logits = compute_logits(model, steered[-1], words)
+    def logit_diff(residuals: list[Tensor]) -> Tensor:
+        logits = compute_logits(model, residuals[-1], words)
         return logits[..., 0] - logits[..., 1]
 
     scores = replay_last_token(model, tokenizer, texts, vectors, logit_diff, layer=layer, progress=progress)
@@ -111,8 +111,8 @@ def score_each(
     yes, no = _words(tokenizer, positive, negative)
     vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
 
-    def both(steered: list[Tensor], _clean: list[Tensor]) -> Tensor:
-        logits = compute_logits(model, steered[-1], vocabulary)
+    def both(residuals: list[Tensor]) -> Tensor:
+        logits = compute_logits(model, residuals[-1], vocabulary)
         logit_diff = logits[..., yes] - logits[..., no]
         return torch.stack([logit_diff, (logits.argmax(-1) == yes).to(logit_diff)], dim=-1)
 
