@@ -218,9 +218,9 @@ def test_it_stops_once_factors_stay():
     dct = fit_exponential(cmap, num_factors=3, input_scale=1.0, iterations=500, projections=3, tolerance=1e-2)
     assert 1 < len(dct.objective) < 500
     assert dct.change[-1] < 1e-2 <= dct.change[:-1].min()
-    told: Any
-    for told in ({}, {"tolerance": 0}):
-        assert len(fit_exponential(cmap, num_factors=3, input_scale=1.0, iterations=20, **told).change) == 20
+    options: Any
+    for options in ({}, {"tolerance": 0}):
+        assert len(fit_exponential(cmap, num_factors=3, input_scale=1.0, iterations=20, **options).change) == 20
 
 
 def test_chunks_agree():

@@ -105,7 +105,7 @@ def test_what_a_function_raises_is_raised():
     def broken(_theta):
         raise RuntimeError("no such thing")
 
-    told: Any
-    for told in ({}, {"dtype": torch.float32}):
+    options: Any
+    for options in ({}, {"dtype": torch.float32}):
         with pytest.raises(RuntimeError, match="no such thing"):
-            FunctionMap(broken, d_source=D, d_target=D, **told)
+            FunctionMap(broken, d_source=D, d_target=D, **options)

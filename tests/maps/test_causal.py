@@ -263,15 +263,15 @@ def test_the_digest_sees_weights_prompts_slice_and_positions(tokenizer, texts):
     def digest(model, texts=texts, source=1, target=3, positions=3):
         return CausalMap.from_model(model, tokenizer, texts, source=source, target=target, positions=positions).digest
 
-    model, moved, told = tiny_model("Llama"), tiny_model("Llama"), tiny_model("Llama")
+    model, moved, rescaled = tiny_model("Llama"), tiny_model("Llama"), tiny_model("Llama")
     with torch.no_grad():
         moved.model.layers[3].mlp.down_proj.weight[0, 0] += 1e-9
-    told.config.rope_parameters["rope_theta"] = 5.0
+    rescaled.config.rope_parameters["rope_theta"] = 5.0
     same = digest(model)
     assert digest(model) == same
     others = [
         digest(moved),
-        digest(told),
+        digest(rescaled),
         digest(model, texts[:2]),
         digest(model, target=4),
         digest(model, positions=2),

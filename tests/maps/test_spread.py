@@ -74,12 +74,12 @@ def test_fits_are_the_same_and_so_are_scores_effects_and_growth(pair, tokenizer,
 
 
 def test_it_is_steered_alike(pair, tokenizer, texts):
-    said = []
+    completions = []
     for model in pair:
         with steer(model, layer=1, vector=20 * unit_rows(32, dtype=torch.float32)):
-            said.append(generate_completions(model, tokenizer, texts, max_new_tokens=4, progress=False))
-    assert said[0] == said[1]
-    assert said[0] != generate_completions(pair[0], tokenizer, texts, max_new_tokens=4, progress=False)
+            completions.append(generate_completions(model, tokenizer, texts, max_new_tokens=4, progress=False))
+    assert completions[0] == completions[1]
+    assert completions[0] != generate_completions(pair[0], tokenizer, texts, max_new_tokens=4, progress=False)
 
 
 def test_digests_do_not_depend_on_where_weights_lie_but_on_the_weights(pair):
