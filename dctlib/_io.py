@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The repository: names in ``params/``, ``data/`` and ``models/`` are looked up here."""
+
+def find_root(package: Path = Path(__file__).parent) -> Path:
+    """Return the folder that holds ``data/`` and ``models/``.
+
+    It is the repository where `package` lies in a clone, known by its ``params/``. Elsewhere it is the folder that the
+    variable DCTLIB_HOME names, or ``~/.cache/dctlib``.
+    """
+    repository = package.resolve().parent
+    if (repository / "params").is_dir():
+        return repository
+    return Path(os.environ.get("DCTLIB_HOME") or Path.home() / ".cache" / "dctlib").absolute()
+
+
+ROOT = find_root()
+"""Names in ``data/`` and ``models/``, and in a clone in ``params/``, are looked up here."""
 
 
 @contextmanager
@@ -33,14 +47,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused: other readers cannot parse them."""
+    """Write `value` as indented JSON, atomically; NaN and infinity raise ValueError, because JSON has neither."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -47,15 +47,17 @@ def _with_options(options: type[BaseModel]) -> Callable[[Callable], Callable]:
 
 
 @app.command()
-def assets() -> None:
+def assets(
+    name: Annotated[
+        str, typer.Argument(help="One file or model, qwen2.5-coder-0.5b-instruct say. Left out: what the paper needs.")
+    ] = "",
+) -> None:
     """Fetch the pinned data and model, and check them."""
-    from dctlib.models import assets as pinned
+    from dctlib.models.assets import ASSETS, MODELS, fetch, fetch_model
 
-    for name, asset in pinned.ASSETS.items():
-        if not asset.on_demand:
-            print(f"{name}: {pinned.fetch(name)}")
-    for name in pinned.MODELS:
-        print(f"{name}: {pinned.fetch_model(name)}")
+    every_time = [key for key, asset in ASSETS.items() if not asset.on_demand]
+    for key in [name] if name else [*every_time, "smollm2-135m-instruct"]:
+        print(f"{key}: {fetch_model(key) if key in MODELS else fetch(key)}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dctlib._io import atomic_path, sha256, write_json
+from dctlib._io import atomic_path, find_root, sha256, write_json
 from dctlib.runs.cache import cache_key, remember
 
 
@@ -91,3 +91,15 @@ def test_keys_depend_on_inputs_not_on_their_order():
 def test_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_data_and_models_lie_in_a_clone_or_else_in_a_cache_folder(tmp_path, monkeypatch):
+    package = tmp_path / "clone" / "dctlib"
+    (tmp_path / "clone" / "params").mkdir(parents=True)
+    monkeypatch.setenv("DCTLIB_HOME", str(tmp_path / "elsewhere"))
+    assert find_root(package) == tmp_path / "clone"
+    installed = tmp_path / "site-packages" / "dctlib"
+    assert find_root(installed) == tmp_path / "elsewhere"
+    monkeypatch.delenv("DCTLIB_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert find_root(installed) == tmp_path / "home" / ".cache" / "dctlib"

