@@ -138,17 +138,17 @@ MODELS = {
     ),
     "qwen2.5-coder-0.5b-instruct": PinnedModel(
         asset="qwen2.5-coder-0.5b-instruct",
-        sha256="?05",
+        sha256="7170be420ab9e35fb9089c9526bd1524f5a604688ca86672b9f512c0e7b95562",
         dtype="bfloat16",
-        size=1_273_000_000,
+        size=1_280_000_000,
         memory=4_000_000_000,
     ),
     "qwen2.5-coder-1.5b-instruct": PinnedModel(
         asset="qwen2.5-coder-1.5b-instruct",
-        sha256="?15",
+        sha256="1a9bafc41b2ec91bf99e7ac4e63816caa28af2eb45c09b370e8d47490b72fb6f",
         dtype="bfloat16",
         size=3_570_000_000,
-        memory=9_000_000_000,
+        memory=7_000_000_000,
     ),
 }
 """Names that ``load_model`` knows, and what each is made from."""
@@ -349,9 +349,12 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     transformers reads dequantised weights but refuses to save them under their quantised class, so the state dict
     moves into a plain model of that configuration.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    dense = hasattr(transformers, "GgufConfig")  # versions without it know no other way
+    options: dict[str, Any] = {"quantization_config": transformers.GgufConfig(dequantize=True)} if dense else {}
+    quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype, **options)
     del quantised.config.quantization_config
     with torch.device("meta"):  # no second copy in memory
         model = type(quantised)(quantised.config)

@@ -1,4 +1,4 @@
-"""Answers to prompts, and how likely a model finds them."""
+"""The likelihood of answers to prompts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from dctlib.models.blocks import eager_attention, postprocess_logits
 from dctlib.models.chat import tokenize
 from dctlib.models.packing import PromptTree, pack_prompts
 
-_MOST_TOKENS = 1024  # one run of a tree, and not one for every factor: few large products are the fastest
+_MOST_TOKENS = 1024  # a tree runs once here, not once for every factor, so that few large products are the fastest
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt in chat format and the answer to learn; `ends` says whether the answer is complete."""
+    """A prompt in chat format and its answer; `ends` states whether the answer is complete."""
 
     prompt: str
     answer: str
@@ -30,23 +30,23 @@ class Example:
 def pack_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[tuple[PromptTree, list[int]]]:
-    """Examples in order, as the trees of :func:`dctlib.models.packing.pack_prompts`, and where in each path its answer begins."""
+    """Return examples in order as trees of prompts and answers, each with the starts of the answers in its paths."""
     prompts = [tokenize(tokenizer, example.prompt)[0].tolist() for example in examples]
-    ends = [[tokenizer.eos_token_id] if example.ends else [] for example in examples]
     answers = [tokenizer.encode(example.answer, add_special_tokens=False) for example in examples]
-    rows = [torch.tensor([[*p, *a, *end]]) for p, a, end in zip(prompts, answers, ends, strict=True)]
+    answers = [[*a, tokenizer.eos_token_id] if e.ends else a for a, e in zip(answers, examples, strict=True)]
+    rows = [torch.tensor([[*prompt, *answer]]) for prompt, answer in zip(prompts, answers, strict=True)]
     starts = iter(map(len, prompts))
     trees = pack_prompts(model, rows, most_tokens=_MOST_TOKENS)
     return [(tree, list(islice(starts, len(tree.paths)))) for tree in trees]
 
 
 def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of all tokens of all answers."""
+    """Return the mean cross-entropy of all tokens of all answers, in nats, differentiable."""
     return torch.cat(list(_token_losses(model, tokenizer, examples))).mean()
 
 
 def mean_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Float[Tensor, " n"]:
-    """Mean −log p of a token of each answer, in nats: the logarithm of its perplexity. Infinite for an empty answer."""
+    """Return each answer's mean −log p of a token in nats, the logarithm of its perplexity; infinity if it is empty."""
     with torch.no_grad():
         answers = list(_token_losses(model, tokenizer, examples))
     return torch.stack([losses.mean() if len(losses) else losses.new_tensor(torch.inf) for losses in answers])
@@ -55,12 +55,12 @@ def mean_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[
 def _token_losses(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> Iterator[Float[Tensor, " k"]]:
-    """−log p of every token of each answer. Logits are computed at those tokens alone."""
+    """Yield −log p of every token of each answer, with logits computed at those tokens alone."""
     with eager_attention(model):
         for tree, starts in pack_answers(model, tokenizer, examples):
             hidden = model.base_model(**tree.arguments(model), use_cache=False).last_hidden_state[0]
             answers = [path[start:] for path, start in zip(tree.paths, starts, strict=True)]
             before = [path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)]
             logits = postprocess_logits(model, model.get_output_embeddings()(hidden[torch.cat(before)]))
-            said = tree.tokens[0, torch.cat(answers)].to(logits.device)
-            yield from F.cross_entropy(logits, said, reduction="none").split([len(answer) for answer in answers])
+            targets = tree.tokens[0, torch.cat(answers)].to(logits.device)
+            yield from F.cross_entropy(logits, targets, reduction="none").split([len(answer) for answer in answers])

@@ -25,10 +25,10 @@ def load_model(
     Parameters
     ----------
     name : str or path
-        A pinned asset (``"smollm2-135m-instruct"``), a local Hugging Face folder (absolute, or relative to the
-        working directory or to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``;
-        without one, a warning names the commit that came.
-        Remote code is never run, and weights are read from safetensors only.
+        A pinned model (``"qwen2.5-coder-0.5b-instruct"``, ``"qwen2.5-coder-1.5b-instruct"`` or
+        ``"smollm2-135m-instruct"``), a local Hugging Face folder (absolute, or relative to the working directory or
+        to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``. Without a commit, a warning
+        names the one that came. Remote code is never run, and weights are read from safetensors only.
     device : str or torch.device, optional
         CUDA where there is one, otherwise the CPU. ``"auto"``, for a model that no GPU holds, spreads its blocks over
         all of them, and over main memory what is left (accelerate's ``device_map``).
@@ -47,13 +47,14 @@ def load_model(
     Raises
     ------
     ValueError
-        If `name` is none of these, its files are damaged or not all there, or `dtype` is unknown.
+        If `name` is none of these, its files are damaged or incomplete, `dtype` is unknown, or a pinned model
+        cannot be fetched or converted.
     """
     best = "cuda" if torch.cuda.is_available() else "cpu"
     spread = {"device_map": "auto"} if device == "auto" else {}
     device = torch.device(best if spread or device is None else device)
-    source, revision = _located(name)
-    spoken = _tokenizer(*_located(tokenizer)) if tokenizer else _tokenizer(source, revision)
+    source, revision = _locate(name)
+    loaded_tokenizer = _load_tokenizer(*(_locate(tokenizer) if tokenizer else (source, revision)))
     options = {"dtype": _dtype(dtype, device), "use_safetensors": True, **revision, **spread}  # nothing pickled
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
@@ -64,11 +65,11 @@ def load_model(
     if not revision and (commit := getattr(model.config, "_commit_hash", None)):
         warnings.warn(f"{name} names no commit; what came is {name}@{commit}", stacklevel=2)
     model = model if spread else model.to(device)
-    return model.eval().requires_grad_(False), spoken
+    return model.eval().requires_grad_(False), loaded_tokenizer
 
 
-def _located(name: str | Path) -> tuple[str, dict[str, str]]:
-    """What from_pretrained calls it: a folder, or a Hub id and its revision."""
+def _locate(name: str | Path) -> tuple[str, dict[str, str]]:
+    """Return the folder, or the Hub id and its revision, as from_pretrained takes them."""
     if folder := _local_folder(name):
         return str(folder), {}
     source, _, revision = str(name).partition("@")
@@ -91,7 +92,7 @@ def _local_folder(name: str | Path) -> Path | None:
     return None
 
 
-def _tokenizer(source: str, revision: dict[str, str]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: str, revision: dict[str, str]) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
     except OSError as error:
@@ -109,11 +110,10 @@ def _tokenizer(source: str, revision: dict[str, str]) -> PreTrainedTokenizerBase
 
 
 def native_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where `device` multiplies it in hardware (CUDA, CPUs with AMX or AVX-512 BF16), else float32."""
-    if torch.device(device).type == "cpu":
-        can = torch.cpu.get_capabilities()
-        return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
-    return torch.bfloat16
+    """Return bfloat16 where `device` multiplies it in hardware (CUDA, AMX or AVX-512 BF16), else float32."""
+    capabilities = torch.cpu.get_capabilities()
+    slow = not (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return torch.float32 if torch.device(device).type == "cpu" and slow else torch.bfloat16
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -129,6 +129,6 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 
 
 def silence_transformers() -> None:
-    """Turn off transformers' own progress bars and advice; dctlib's bars and errors remain."""
+    """Turn off the progress bars and advice of transformers; those of dctlib remain."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from dctlib.models.fingerprint import chat_model_digest, fingerprint_model, load_fingerprinted
+from dctlib.models import fingerprint
+from dctlib.models.assets import ASSETS
+from dctlib.models.fingerprint import chat_model_digest, fingerprint_model, load_fingerprinted, model_key
 from dctlib.paper.organisms.training import save_organism
 
 
@@ -31,3 +33,43 @@ def test_how_a_model_is_spoken_to_is_part_of_it_and_what_it_was_last_told_is_not
     assert chat_model_digest(llama, spoken) == before
     spoken.chat_template = "{{ messages[0].content }}"
     assert chat_model_digest(llama, spoken) != before
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def load_model(name, **_options):
+        raise AssertionError(f"{name} was loaded")
+
+    monkeypatch.setattr(fingerprint, "load_model", load_model)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"])
+def test_a_pinned_model_is_identified_by_its_file_with_nothing_loaded(nothing_loads, name):
+    pinned = {"model": name, "sha256": ASSETS[name].sha256, "conversion": 1}
+    assert model_key(name, "bfloat16") == {**pinned, "dtype": "bfloat16"}
+    assert model_key(name, "float32") == {**pinned, "dtype": "float32"}
+    assert fingerprint_model(name, "bfloat16")["digest"] == f"{ASSETS[name].sha256}-1"
+
+
+def test_a_key_names_the_dtype_that_was_measured_in(nothing_loads):
+    with pytest.raises(ValueError, match="a record names what it was measured in"):
+        model_key("smollm2-135m-instruct", "native")
+
+
+def test_another_model_is_identified_by_its_digest(tokenizer, tmp_path):
+    save_organism(tiny_model("Llama", dtype=torch.float32), tokenizer, tmp_path / "model")
+    key = model_key(str(tmp_path / "model"), "float32")
+    assert key == fingerprint_model(str(tmp_path / "model"), "float32")
+    assert len(key["digest"]) == 64
+
+
+def test_a_pinned_model_of_another_conversion_is_not_taken_for_it(monkeypatch, tokenizer, llama):
+    monkeypatch.setattr(fingerprint, "load_model", lambda _name, **_options: (llama, tokenizer))
+    settings = fingerprint_model("smollm2-135m-instruct", "float32")
+    load_fingerprinted.cache_clear()
+    assert load_fingerprinted(**settings)[0] is llama
+    monkeypatch.setattr(fingerprint, "CONVERSION", 2)
+    load_fingerprinted.cache_clear()
+    with pytest.raises(ValueError, match="has digest"):
+        load_fingerprinted(**settings)
+    load_fingerprinted.cache_clear()

@@ -31,7 +31,7 @@ def test_parts_of_every_family(family):
 
 
 def test_an_unknown_layout_says_what_to_do():
-    with pytest.raises(ValueError, match=r"add its layout to dctlib/models\.py"):
+    with pytest.raises(ValueError, match=r"add its layout to dctlib/models/blocks\.py"):
         get_blocks(nn.Linear(2, 2))
 
 

@@ -18,7 +18,7 @@ def rows(*prompts):
 
 @given(prompts)
 def test_a_path_spells_its_prompt_and_sees_it_alone(prompts):
-    tree = PromptTree.of(prompts)
+    tree = PromptTree.from_prompts(prompts)
     assert tree.tokens.shape[1] == len({tuple(p[: end + 1]) for p in prompts for end in range(len(p))})
     for prompt, path in zip(prompts, tree.paths, strict=True):
         assert tree.tokens[0, path].tolist() == prompt
