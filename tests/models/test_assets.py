@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dctlib import cli
 from dctlib.models import assets
 from dctlib.models.assets import ASSETS, MODELS, Asset, PinnedModel, fetch, fetch_model
 
@@ -186,6 +187,7 @@ def test_an_interrupt_keeps_the_whole_pieces(in_pieces, monkeypatch):
 KILLED = """
 import subprocess, sys, time, zipfile
 from pathlib import Path
+from dctlib import cli
 from dctlib.models import assets
 
 def run(command, **_options):
@@ -406,6 +408,17 @@ def test_a_model_that_was_damaged_is_named(tmp_path, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged; delete"):
         assets.fetch_model("words")
+
+
+def test_the_command_fetches_what_the_paper_needs_or_one_name(monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(assets, "fetch", fetched.append)
+    monkeypatch.setattr(assets, "fetch_model", fetched.append)
+    cli.assets()
+    assert fetched == ["smollm2", "advbench", "benign", "smollm2-135m-instruct"]
+    fetched.clear()
+    cli.assets("qwen2.5-coder-1.5b-instruct")
+    assert fetched == ["qwen2.5-coder-1.5b-instruct"]
 
 
 @pytest.mark.real
