@@ -286,7 +286,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     dense = hasattr(transformers, "GgufConfig")  # versions without it know no other way
     options: dict[str, Any] = {"quantization_config": transformers.GgufConfig(dequantize=True)} if dense else {}
     quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype, **options)
-    del quantised.config.quantization_config
+    vars(quantised.config).pop("quantization_config", None)
     with torch.device("meta"):  # no second copy in memory
         model = type(quantised)(quantised.config)
     model.load_state_dict(quantised.state_dict(), assign=True)
