@@ -44,7 +44,7 @@ class NotebookRun:
         """``part/<profile>``: of ``.cache``, ``figures``, ``models``, ``runs`` or ``vectors``."""
         return Path("..") / part / self.profile
 
-    def draw(self, figure: Figure, what: str = "") -> Figure:
+    def save_figure(self, figure: Figure, what: str = "") -> Figure:
         """Save a figure as PNG and SVG under the notebook's name, and return it for display."""
         return save_figure(figure, self.folder("figures") / (f"{self.name}_{what}" if what else self.name))
 
@@ -58,7 +58,7 @@ class NotebookRun:
         folder = self.folder("records") / self.name
         return record_cells(task, settings, folder=folder, compute=self.profile != "study")
 
-    def write(self, results: dict[str, Any]) -> None:
+    def save_results(self, results: dict[str, Any]) -> None:
         """Save the notebook's numbers, with the seconds that they took."""
         seconds = time.perf_counter() - self.started
         write_json(self.folder("figures") / f"{self.name}.json", results | {"seconds": seconds})

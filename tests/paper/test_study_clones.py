@@ -39,10 +39,10 @@ from dctlib.paper.experiments.toy import refusal_rate, refusal_settings
 from dctlib.paper.pipeline import NotebookRun
 stage = NotebookRun("toy", profile)
 rates = [result["rate"] for result in stage.record(refusal_rate, refusal_settings(seeds))]
-stage.write({"rates": rates})
+stage.save_results({"rates": rates})
 figure = Figure()
 figure.add_subplot().plot(seeds, rates)
-stage.draw(figure)
+stage.save_figure(figure)
 """
 
 
