@@ -1,6 +1,6 @@
 """Steering vectors as GGUF control vectors, the files that llama.cpp's ``--control-vector`` and repeng read.
 
-A control vector holds one tensor ``direction.N`` for each block N that it steers, and is added to the *output* of block
+A control vector holds one tensor ``direction.N`` for each block N that it steers. It is added to the *output* of block
 N at every position. dctlib's layer s is the *input* of block s, which is the output of block s − 1, so
 
     layer s  ↔  direction.(s − 1)    for s ≥ 2.
@@ -24,7 +24,7 @@ from dctlib._io import atomic_path
 
 _ARCHITECTURE, _KIND = "general.architecture", "controlvector"
 
-_DIGEST = "dctlib.sha256"  # our own key, as GGUF has no checksum; other readers pass over what they do not know
+_DIGEST = "dctlib.sha256"  # our own key, because GGUF has no checksum; other readers ignore it
 
 
 def write_control_vector(path: str | Path, vectors: Mapping[int, Float[Tensor, " d"]], *, architecture: str) -> None:
@@ -35,10 +35,10 @@ def write_control_vector(path: str | Path, vectors: Mapping[int, Float[Tensor, "
     path : path
         The file to write, by custom ``*.gguf``.
     vectors : mapping of int to Tensor, (d,)
-        A layer, as :func:`dctlib.steer` takes it, and what is added there: ``{dct.source: R * dct.V[0]}``. The length
-        of the vector is the strength, so that llama.cpp's default scale of 1 is right. Stored in float32.
+        Layer → the vector that is added at it: ``{dct.source: R * dct.V[0]}``. The length of the vector is the
+        strength, so that llama.cpp's default scale of 1 is right. Stored in float32.
     architecture : str
-        What the vectors were made for: ``model.config.model_type``. A note: llama.cpp checks only the width.
+        ``model.config.model_type`` of the steered model, as a note: llama.cpp checks only the width.
 
     Raises
     ------
@@ -78,9 +78,9 @@ def read_control_vector(path: str | Path) -> dict[int, Float[Tensor, " d"]]:
     Returns
     -------
     dict of int to Tensor, (d,)
-        Layer → vector, float32, to pass to :func:`dctlib.steer` as they are. A file of ours holds what was written, bit
-        for bit; others hold a direction for nearly every block, meant to be added together, and often of unit length.
-        A direction of the last block comes back at the number of blocks, a layer that ``steer`` refuses.
+        Layer → vector, float32, as :func:`dctlib.steer` takes them. A file of ours holds what was written, bit for bit.
+        Others hold a direction for nearly every block, meant to be added together, and often of unit length. A
+        direction of the last block comes back at the number of blocks, a layer that ``steer`` refuses.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def read_control_vector(path: str | Path) -> dict[int, Float[Tensor, " d"]]:
 
 
 class _Reader(gguf.GGUFReader):
-    """gguf's reader passes over the end of a file in silence, and can count to 2⁶⁴ there."""
+    """A reader that refuses a file that ends too early, because gguf's own returns fewer values without an error."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         found = super()._get(offset, dtype, count, override_order)

@@ -44,7 +44,7 @@ not included, only their SHA-256. `sha256sum --check SHA256SUMS` tells whether t
 
 
 class Facts(BaseModel):
-    """What ``config.json`` says. Unknown keys are refused: they could change what the vectors mean."""
+    """Content of ``config.json``. Unknown keys are refused, because they could change what the vectors mean."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -70,7 +70,7 @@ class Facts(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class SharedTranscoder:
-    """What :func:`load_folder` found.
+    """A transcoder and the facts beside it, from :func:`load_folder`.
 
     Attributes
     ----------
@@ -85,24 +85,24 @@ class SharedTranscoder:
 
 
 def prompts_digest(texts: Sequence[str]) -> str:
-    """SHA-256 of prompts in their order, as a JSON list: tells whether two fits saw the same, and not what they saw."""
+    """Return the SHA-256 of prompts in their order, which tells whether two fits used the same prompts."""
     if isinstance(texts, str) or not texts:
         raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def save_folder(folder: str | Path, dct: Transcoder, *, model: str, revision: str | None, texts: Sequence[str]) -> None:
-    """Write a folder that another person can use, or upload to a hub as it is: whole, or not at all.
+    """Write a folder to share or to upload to a hub as it is, whole or not at all.
 
     Parameters
     ----------
     folder : path
-        What to make. A folder that :func:`save_folder` wrote there before is replaced; any other is left alone.
+        A folder that :func:`save_folder` wrote there before is replaced; any other is refused.
     dct : Transcoder
         A fit to a model. To share a few of its factors, give ``U``, ``V`` and ``alpha`` those rows by
         ``dataclasses.replace``.
     model : str
-        What the reader has to load: a Hub id ``owner/name``, or a name that both know.
+        The model that the reader has to load: a Hub id ``owner/name``, or a name that both know.
     revision : str or None
         Its commit on the Hub, where it has one.
     texts : sequence of str
@@ -147,10 +147,10 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def load_folder(folder: str | Path) -> SharedTranscoder:
-    """Read a folder that :func:`save_folder` wrote, wherever it has been since.
+    """Return the transcoder of a folder that :func:`save_folder` wrote, and the facts about it.
 
-    Three files are opened, by their exact names; nothing is executed or unpickled, and nothing fetched. The model card
-    may be edited, the rest not.
+    Three files are opened, by their exact names. Nothing is executed, unpickled or fetched. The model card may be
+    edited, the rest not.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from typing import Any
 
 import nbformat
 import papermill
+from IPython.display import Image
 from matplotlib.figure import Figure
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
@@ -44,9 +45,11 @@ class NotebookRun:
         """``part/<profile>``: of ``.cache``, ``figures``, ``models``, ``runs`` or ``vectors``."""
         return Path("..") / part / self.profile
 
-    def save_figure(self, figure: Figure, what: str = "") -> Figure:
-        """Save a figure as PNG and SVG under the notebook's name, and return it for display."""
-        return save_figure(figure, self.folder("figures") / (f"{self.name}_{what}" if what else self.name))
+    def save_figure(self, figure: Figure, what: str = "") -> Image:
+        """Save a figure as PNG and SVG under the notebook's name, and return the PNG for display."""
+        stem = self.folder("figures") / (f"{self.name}_{what}" if what else self.name)
+        save_figure(figure, stem)
+        return Image(data=stem.with_name(f"{stem.name}.png").read_bytes())
 
     def record(self, task: Callable[..., Any], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return the results of a task under each of `settings`, from the records of this notebook.
