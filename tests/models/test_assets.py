@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dctlib import cli
+from dctlib import cli, load_model
 from dctlib.models import assets
 from dctlib.models.assets import ASSETS, MODELS, Asset, PinnedModel, fetch, fetch_model
 
@@ -187,7 +189,7 @@ def test_an_interrupt_keeps_the_whole_pieces(in_pieces, monkeypatch):
 KILLED = """
 import subprocess, sys, time, zipfile
 from pathlib import Path
-from dctlib import cli
+from dctlib import cli, load_model
 from dctlib.models import assets
 
 def run(command, **_options):
@@ -389,6 +391,67 @@ def test_every_model_is_made_from_a_pinned_file():
     assert all(pinned.asset in ASSETS for pinned in MODELS.values())
     assert ASSETS["qwen2.5-coder-0.5b-instruct"].pieces == 6
     assert ASSETS["qwen2.5-coder-1.5b-instruct"].pieces == 22
+
+
+def write_tiny_gguf(path, architecture, d=64, vocabulary=300):
+    """Write a quantised model of two blocks, with a byte-level tokenizer and an untied head."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(d)
+    writer.add_feed_forward_length(2 * d)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    letters = [chr(0x100 + i) for i in range(vocabulary - 1)]
+    writer.add_token_list([*letters, letters[0] + letters[1]])
+    writer.add_token_types([1] * vocabulary)
+    writer.add_token_merges([f"{letters[0]} {letters[1]}"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"token_embd": (vocabulary, d), "output": (vocabulary, d)}
+    for block in range(2):
+        shapes |= {f"blk.{block}.{name}": (d, d) for name in ("attn_q", "attn_output")}
+        shapes |= {f"blk.{block}.{name}": (d // 2, d) for name in ("attn_k", "attn_v")}
+        shapes |= {f"blk.{block}.{name}": (2 * d, d) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {f"blk.{block}.ffn_down": (d, 2 * d)}
+    random = np.random.default_rng(0)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    for name, shape in shapes.items():
+        weights = random.standard_normal(shape, dtype=np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weights, kind), raw_dtype=kind)
+    norms = [f"blk.{block}.{name}" for block in range(2) for name in ("attn_norm", "ffn_norm")]
+    for name in ["output_norm", *norms]:
+        writer.add_tensor(f"{name}.weight", np.ones(d, dtype=np.float32))
+    if architecture == "qwen2":
+        for block in range(2):
+            for name, width in (("attn_q", d), ("attn_k", d // 2), ("attn_v", d // 2)):
+                writer.add_tensor(f"blk.{block}.{name}.bias", np.ones(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("qwen2", "bfloat16"), ("llama", "float32")])
+def test_a_quantised_file_becomes_a_plain_folder_the_same_each_time(tmp_path, architecture, dtype):
+    write_tiny_gguf(tmp_path / "tiny.gguf", architecture)
+    for folder in ("first", "second"):
+        assets._convert(tmp_path / "tiny.gguf", tmp_path / folder, dtype)
+    model, _ = load_model(tmp_path / "first", device="cpu", dtype=dtype)
+    assert type(model).__name__ == {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[architecture]
+    assert "quantization_config" not in (tmp_path / "first" / "config.json").read_text()
+    tensors = load_file(tmp_path / "first" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    stored = next(t for t in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors if t.name == "blk.1.ffn_down.weight")
+    expected = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).to(getattr(torch, dtype))
+    assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], expected)
+    digests = [assets._tensor_digest(tmp_path / folder / "model.safetensors") for folder in ("first", "second")]
+    assert digests[0] == digests[1]
 
 
 def test_a_model_that_was_damaged_is_named(tmp_path, monkeypatch):
