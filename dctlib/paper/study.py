@@ -95,16 +95,15 @@ def run_study(
                 if minutes is not None and time.monotonic() - start >= 60 * minutes:
                     break
                 bar.set_description(cell.label)
-                if cell.path.exists():  # another process, or `git pull`, has brought it meanwhile
-                    continue
                 try:
-                    record_cell(cell.task, cell.setting, folder=cell.folder)
+                    if not cell.path.exists():  # as where `git pull` has brought it meanwhile
+                        record_cell(cell.task, cell.setting, folder=cell.folder)
+                    bar.update()
                 except Exception as error:
                     failures.append(f"{cell.label}({dict(cell.setting)}): {type(error).__name__}: {error}")
                     bar.write(failures[-1], file=sys.stderr)
                     if len(failures) == MOST_FAILURES:
                         break
-                bar.update()
     except KeyboardInterrupt:
         print("stopped: the cell that was running is computed again next time", file=sys.stderr)
     finally:
