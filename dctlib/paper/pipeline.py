@@ -19,7 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 from dctlib._io import ROOT, atomic_path, write_json
 from dctlib.models.loading import silence_transformers
 from dctlib.paper.params import load_profile, load_run
-from dctlib.paper.plots.style import save_figure
+from dctlib.paper.plots import save_figure
 
 
 @dataclass(frozen=True)

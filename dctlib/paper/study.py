@@ -11,13 +11,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dctlib._io import ROOT
+from dctlib.paper.experiments.real_models import real_models_cells
 from dctlib.paper.params import load_profile
 from dctlib.runs.cache import Setting, Task
 from dctlib.runs.records import mismatches, read_record, record_cell, record_path
 
 Cells = Sequence[tuple[Task, Setting]]
 
-STAGES: dict[str, Callable[..., Cells]] = {}
+
+STAGES: dict[str, Callable[..., Cells]] = {"real_models": real_models_cells}
 """Stages in the order of work: name of a notebook -> function from its parameters, in params/<profile>.yaml, to cells."""
 
 MOST_FAILURES = 3
@@ -95,15 +97,16 @@ def run_study(
                 if minutes is not None and time.monotonic() - start >= 60 * minutes:
                     break
                 bar.set_description(cell.label)
+                if cell.path.exists():  # another process, or `git pull`, has brought it meanwhile
+                    continue
                 try:
-                    if not cell.path.exists():  # as where `git pull` has brought it meanwhile
-                        record_cell(cell.task, cell.setting, folder=cell.folder)
-                    bar.update()
+                    record_cell(cell.task, cell.setting, folder=cell.folder)
                 except Exception as error:
                     failures.append(f"{cell.label}({dict(cell.setting)}): {type(error).__name__}: {error}")
                     bar.write(failures[-1], file=sys.stderr)
                     if len(failures) == MOST_FAILURES:
                         break
+                bar.update()
     except KeyboardInterrupt:
         print("stopped: the cell that was running is computed again next time", file=sys.stderr)
     finally:

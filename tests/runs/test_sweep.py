@@ -187,7 +187,7 @@ def test_a_killed_driver_takes_its_workers_with_it_and_goes_on_where_it_was(swee
     assert calls_of(sweep) == ["0", "1", "2", "2", "3", "3", "go"]
 
 
-def until(condition, seconds=300):
+def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it took too long"
