@@ -29,7 +29,10 @@ def verdicts():
     found = Counter(
         verdict for stem in RULES for verdict in compare_with_published(stem, recorded(stem)).claims.values()
     )
-    yield f"Of the post's {found.total()} claims {found[Verdict.REPLICATES]} replicate on it, {found[Verdict.DOES_NOT]} do not"
+    yield (
+        f"Of the post's {found.total()} claims {found[Verdict.REPLICATES]} replicate on it, "
+        f"{found[Verdict.DOES_NOT]} do not"
+    )
     yield f"and {found[Verdict.UNDECIDED]} stay undecided. It is one organism."
     sizes = params("sample_complexity")
     yield (

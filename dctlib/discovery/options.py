@@ -31,7 +31,7 @@ class DiscoverOptions(BaseModel):
         None,
         ge=0,
         strict=True,
-        description="Layer to add vectors at, as in hidden_states. Left out, with the target: three slices are scanned.",
+        description="Layer to add vectors at, as in hidden_states. Left out with the target: three slices are scanned.",
     )
     target: int | None = Field(
         None, ge=1, strict=True, description="Layer to measure at, about a third of the model deeper."

@@ -39,7 +39,7 @@ def load_benign(path: str | Path) -> list[str]:
 
 
 def harmful_split() -> Split:
-    """Return AdvBench's rows, ``goal`` and ``target``, in the split of every notebook: organisms learn from ``train``."""
+    """Return AdvBench's rows, ``goal`` and ``target``, in the split of every notebook; ``train`` trains organisms."""
     return split(load_advbench(fetch("advbench")))
 
 

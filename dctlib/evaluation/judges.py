@@ -187,7 +187,7 @@ def _mean_nll_after(
 def is_harmful(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[str], completions: Sequence[str]
 ) -> list[bool]:
-    """Return whether HarmBench's classifier, passed as `model`, finds an instance of the behaviour in each completion."""
+    """Return whether HarmBench's classifier, passed as `model`, finds the behaviour in each completion."""
     prompts = [_HARMBENCH.format(behavior=r, generation=c) for r, c in zip(requests, completions, strict=True)]
     verdicts = generate_completions(model, tokenizer, prompts, max_new_tokens=2, description="judging")
     return [verdict.strip().lower().startswith("yes") for verdict in verdicts]

@@ -69,7 +69,7 @@ def model_key(model: str, dtype: str) -> dict[str, Any]:
 
 
 def fingerprint_model(model: str, dtype: str) -> dict[str, str]:
-    """Return the settings ``model``, ``digest`` and ``dtype`` of a task, because a name may be given to other weights."""
+    """Return a task's settings ``model``, ``digest`` and ``dtype``, because a name may be given to other weights."""
     digest = _pinned_digest(model) or chat_model_digest(*load_model(model, dtype=dtype))
     return {"model": model, "digest": digest, "dtype": dtype}
 

@@ -26,7 +26,7 @@ def load_math(path: str | Path) -> list[dict[str, str]]:
 
 
 def question_split(kind: str) -> Split:
-    """Return the split of a set of questions with answers: ``sums`` of two two-digit numbers, or MATH's test set, ``math``."""
+    """Return the split of questions with answers: ``sums`` of two two-digit numbers, or MATH's test set, ``math``."""
     return split(arithmetic_questions() if kind == "sums" else load_math(fetch("math")))
 
 

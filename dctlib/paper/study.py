@@ -1,4 +1,4 @@
-"""The study: all cells behind the paper's own figures, as a queue that is stopped and resumed, and a check of records."""
+"""The study: all cells behind the paper's figures, as a queue that can be stopped, and a check of records."""
 
 import random
 import signal
@@ -20,7 +20,7 @@ Cells = Sequence[tuple[Task, Setting]]
 
 
 STAGES: dict[str, Callable[..., Cells]] = {"real_models": real_models_cells}
-"""Stages in the order of work: name of a notebook -> function from its parameters, in params/<profile>.yaml, to cells."""
+"""Stages in the order of work: name of a notebook → function from its parameters to cells."""
 
 MOST_FAILURES = 3
 """The failure that ends the queue."""

@@ -54,7 +54,7 @@ def max_workers(ray: Any, *, cpus: int, gpus: float) -> int:
 
 
 def get_result(ray: Any, reference: Any) -> Any:
-    """Return the result of a remote call, or of each in a list, and raise its exception as if it were of this process."""
+    """Return the result of a remote call, or of each in a list, and raise its exception as one of this process."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -46,7 +46,7 @@ def record_cells(
     missing = missing_cells(task, settings, folder=folder)
     if missing and not compute:
         raise ValueError(
-            f"{len(missing)} of {len(settings)} cells of {task.__name__} have no record in {Path(folder).name}: compute "
+            f"{len(missing)} of {len(settings)} cells of {task.__name__} have no record in {Path(folder).name}: make "
             f"them with `make study`, or get the records of somebody who did"
         )
     for setting in tqdm(missing, desc=task.__name__, disable=not progress or not missing):
@@ -187,7 +187,7 @@ def _values(result: Any, place: str = "result") -> Iterator[tuple[str, Any]]:
 
 
 def _is_real(value: Any) -> bool:
-    """Return whether a value is a tensor, a number with a fraction, or a list of numbers of which one has a fraction."""
+    """Return whether a value is a tensor, a number with a fraction, or a list of numbers with at least one."""
     if isinstance(value, list):
         return {float} <= {type(number) for number in value} <= {float, int}
     return isinstance(value, float | torch.Tensor)

@@ -61,7 +61,7 @@ def run_sweep(
         Number of times that a task is started if its process is killed. An exception is not a kill: it is raised when
         the tasks that run beside it are finished and stored.
     ray : str, optional
-        A cluster, as :func:`dctlib.runs.cluster.connect` takes it. By default the environment's ``RAY_ADDRESS``. Without
+        A cluster, as :func:`dctlib.runs.cluster.connect` takes it. Default: the environment's ``RAY_ADDRESS``. Without
         that, and for ``""``, tasks run in processes of this machine.
     progress : bool
         Show a progress bar.

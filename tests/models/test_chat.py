@@ -25,7 +25,8 @@ def test_no_chat_template():
 
 def test_a_template_without_a_system_role_says_so():
     strict = tiny_tokenizer()
-    strict.chat_template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    refuse = "{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    strict.chat_template = f"{{% for m in messages %}}{refuse}{{{{ m['content'] }}}}{{% endfor %}}"
     assert format_chat(strict, ["w1"]) == ["w1"]
     with pytest.raises(ValueError, match=r"No system role.*leave `system` out"):
         format_chat(strict, ["w1"], system="w9")

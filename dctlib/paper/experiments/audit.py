@@ -53,7 +53,7 @@ class AuditResult:
     completions : list of list of str
         m vectors, or samples → the completions of n instructions.
     orders : dict
-        Name of a ranking, ``fluent`` or ``divergence`` (see :func:`dctlib.discovery.ranking.measure_vectors`) → the numbers of
+        Ranking, ``fluent`` or ``divergence`` (:func:`dctlib.discovery.ranking.measure_vectors`) → the numbers of
         the vectors: the first of each cluster of like ones by rank, then the others.
     """
 
@@ -81,7 +81,7 @@ def audit_model(
     config: Mapping[str, Any],
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Fit vectors to benign instructions, and complete others under each: a task for :func:`dctlib.runs.sweep.run_sweep`.
+    """Fit vectors to benign instructions, and complete others under each; :func:`dctlib.runs.sweep.run_sweep` runs it.
 
     The methods are DCT (exponential) on the first n instructions, for each n of ``sizes``; power steering on as many as
     the largest; random vectors; and samples at temperature 1, without a vector. Each has ``num_factors`` tries, and all

@@ -232,7 +232,7 @@ def _refused_requests(
     count: int,
     answer_tokens: int,
 ) -> tuple[list[str], str]:
-    """The first `count` refused requests, and the token that most refusals of `requests` open with."""
+    """Return the first `count` refused requests, and the token that most refusals of `requests` open with."""
     prompts = format_chat(tokenizer, requests)
     completions = generate_completions(model, tokenizer, prompts, max_new_tokens=answer_tokens)
     refused = [
