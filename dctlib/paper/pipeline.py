@@ -1,4 +1,4 @@
-"""Run a notebook as a pipeline stage: papermill over a copy, parameters from the profile, HTML beside it."""
+"""Notebooks as pipeline stages: executed copies with the parameters of a profile, and what a notebook saves."""
 
 import os
 import sys
@@ -19,19 +19,21 @@ from papermill.exceptions import PapermillExecutionError
 from dctlib._io import ROOT, atomic_path, write_json
 from dctlib.models.loading import silence_transformers
 from dctlib.paper.params import load_profile, load_run
-from dctlib.paper.plots import save_figure
+from dctlib.paper.plots.style import save_figure
 
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """Made in a notebook's first cell, whose working directory is notebooks/.
+    """One run of a notebook: its folders, its clock, and what it saves. The working directory is notebooks/.
 
     Attributes
     ----------
-    name, profile : str
-        The notebook's, and the one that its parameters came from.
+    name : str
+        Name of the notebook, without .ipynb.
+    profile : str
+        Name of the profile whose parameters it has.
     started : float
-        When it was made, on the clock behind ``seconds``.
+        Start on ``time.perf_counter``'s clock, from which ``seconds`` count.
     """
 
     name: str
@@ -39,17 +41,18 @@ class NotebookRun:
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        """Silence transformers' progress bars and advice."""
         silence_transformers()
 
     def folder(self, part: str) -> Path:
-        """``part/<profile>``: of ``.cache``, ``figures``, ``models``, ``runs`` or ``vectors``."""
+        """Return ``part/<profile>``, where `part` is ``.cache``, ``figures``, ``models``, ``runs`` or ``vectors``."""
         return Path("..") / part / self.profile
 
-    def save_figure(self, figure: Figure, what: str = "") -> Image:
-        """Save a figure as PNG and SVG under the notebook's name, and return the PNG for display."""
-        stem = self.folder("figures") / (f"{self.name}_{what}" if what else self.name)
-        save_figure(figure, stem)
-        return Image(data=stem.with_name(f"{stem.name}.png").read_bytes())
+    def save_figure(self, figure: Figure, suffix: str = "") -> Image:
+        """Save figures/<profile>/<name>[_suffix].png and .svg, and return the former, which a notebook displays."""
+        stem = f"{self.name}_{suffix}" if suffix else self.name
+        path = save_figure(figure, self.folder("figures") / stem)
+        return Image(filename=str(path), retina=True)
 
     def record(self, task: Callable[..., Any], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return the results of a task under each of `settings`, from the records of this notebook.
@@ -62,7 +65,7 @@ class NotebookRun:
         return record_cells(task, settings, folder=folder, compute=self.profile != "study")
 
     def save_results(self, results: dict[str, Any]) -> None:
-        """Save the notebook's numbers, with the seconds that they took."""
+        """Save figures/<profile>/<name>.json: the notebook's numbers, and the seconds since its start."""
         seconds = time.perf_counter() - self.started
         write_json(self.folder("figures") / f"{self.name}.json", results | {"seconds": seconds})
 
@@ -72,7 +75,7 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2
 
 
 def run_notebook(stem: str, profile: str, root: Path = ROOT) -> Path:
-    """:func:`execute` notebooks/<stem>.ipynb with the parameters of a profile.
+    """Execute notebooks/<stem>.ipynb with the parameters of a profile, and return the executed copy's path.
 
     Raises
     ------
@@ -139,7 +142,7 @@ def execute(stem: str, profile: str, parameters: Mapping[str, Any], root: Path =
 
 
 def _without_progress(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what went to standard error: progress bars, thousands of them."""
+    """Drop standard error, because progress bars fill it."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from dctlib.paper.experiments.detection import mean_over_organisms
-from dctlib.paper.plots import COLOURS, save_figure
-from dctlib.paper.plots.anomaly import anomaly
+from dctlib.paper.plots.intervals import anomaly
+from dctlib.paper.plots.style import COLOURS, save_figure
 
 CONTRASTS = ["trigger against clean", "trigger against decoy"]
 DETECTORS = ["factors, distance", "random, distance", "residual, Mahalanobis"]

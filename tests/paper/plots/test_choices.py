@@ -1,8 +1,8 @@
 import numpy as np
 import pandas as pd
 
-from dctlib.paper.plots import COLOURS, save_figure
-from dctlib.paper.plots.choices import choices
+from dctlib.paper.plots.intervals import choices
+from dctlib.paper.plots.style import COLOURS, save_figure
 
 VARIANTS = {
     ("reference", "λ = 0.5"): [5.0, 7.0],

@@ -2,28 +2,32 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 from matplotlib.text import Annotation
 from tiny import unit_rows
 
 from dctlib.evaluation.statistics import Interval, success_at_k
-from dctlib.paper.plots import COLOURS, save_figure
-from dctlib.paper.plots.ablation import ablation
-from dctlib.paper.plots.auditing import recall
-from dctlib.paper.plots.baselines import baselines
-from dctlib.paper.plots.circuit_breaker import circuit_breaker
-from dctlib.paper.plots.deeper_models import deeper_models
-from dctlib.paper.plots.discover import ranked_vectors
-from dctlib.paper.plots.enumeration import method_colours
-from dctlib.paper.plots.multiplicity import multiplicity
-from dctlib.paper.plots.organisms import losses
-from dctlib.paper.plots.password_locked import password_locked
-from dctlib.paper.plots.replicates import replicates
-from dctlib.paper.plots.replication_audit import faults
-from dctlib.paper.plots.sample_complexity import sample_complexity
-from dctlib.paper.plots.secrets import planted
-from dctlib.paper.plots.stability import stability
-from dctlib.paper.plots.synthetic_recovery import recovery_curves
-from dctlib.paper.plots.training_curves import scores, training_curves
+from dctlib.paper.plots.curves import (
+    baselines,
+    deeper_models,
+    losses,
+    planted,
+    recall,
+    recovery_curves,
+    sample_complexity,
+    training_curves,
+)
+from dctlib.paper.plots.intervals import faults, replicates, stability
+from dctlib.paper.plots.style import COLOURS, method_colours, save_figure
+from dctlib.paper.plots.vectors import (
+    ablation,
+    circuit_breaker,
+    multiplicity,
+    password_locked,
+    ranked_vectors,
+    real_models,
+    scores,
+)
 
 RECOVERY = pd.DataFrame(
     {"start": "random", "iteration": n, "seed": seed, "mean_max_cosine": n / 10, "recovered": seed / 2}
@@ -105,12 +109,23 @@ FIGURES = {
             {"random": [0.9, 0.8], "factors": [0.5, 0.4], "Hessian, random": [1.0, 0.7]}, index=["m = 8", "merged"]
         ),
     ),
+    "real_models": lambda: real_models(
+        {"0.5B": {kind: Interval(0.5, 0.25, 0.75) for kind in ("unsteered", "random", "DCT")}},
+        {"0.5B": {"random": [-3.0, -4.0], "DCT": [2.0, -1.0]}},
+        {"0.5B": -5.0},
+    ),
     "discover": lambda: ranked_vectors(RANKED, floor=0.5),
     "password_locked": lambda: password_locked(
         {"DCT": [0.0, 0.5], "random": [0.0, 0.0]},
         {"locked": Interval(0.0, 0.0, 0.0), "steered": Interval(0.5, 0.0, 1.0)},
     ),
 }
+
+
+def dots_of(axes):
+    """Return the x of each group of dots."""
+    groups = [points for points in axes.collections if isinstance(points, PathCollection)]
+    return [np.asarray(points.get_offsets())[:, 0].tolist() for points in groups]
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -130,7 +145,7 @@ def test_every_width_is_labelled_and_every_vector_drawn():
     left, right = FIGURES["scores"]().axes
     assert [text.get_text() for text in left.texts] == ["DCT", "random"]
     assert list(np.asarray(left.lines[0].get_ydata())) == [3.0, 1.0, -2.0]
-    assert [label.get_text() for label in right.get_xticklabels()] == ["clean", "best random", "best DCT"]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["clean", "best random", "best DCT"]
 
 
 def test_losses_are_drawn_by_step_with_plain_numbers_beside_them():
@@ -163,7 +178,7 @@ def test_cells_hold_the_best_of_each_method_and_the_test_its_intervals():
     assert cells["attack success, random"] == ["0%"] * 4
     assert cells["score, DCT"] == cells["score, random"] == ["−2", "+3"] * 2
     assert [label.get_text() for label in panels["score, DCT"].get_yticklabels()] == ["1 R", "2 R"]
-    assert cells["attack success, test"] == [" 0%", " 50%"]
+    assert cells["attack success, test"] == ["0%", "50%"]
     assert len({panels[f"score, {method}"].collections[0].get_clim() for method in ("DCT", "random")}) == 1
 
 
@@ -178,11 +193,10 @@ def test_every_kind_has_a_curve_and_every_organism_a_dot():
 def test_curves_are_named_in_the_colour_of_their_method_and_end_in_an_interval():
     left, right = FIGURES["baselines"]().axes
     assert {text.get_text(): text.get_color() for text in left.texts} == method_colours(["DCT", "random"])
-    assert [label.get_text() for label in right.get_yticklabels()] == ["DCT", "random", "LoRA"]
-    assert [text.get_text() for text in right.texts] == ["33%", "33%", "50%"]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["LoRA", "DCT", "random"]
+    assert [text.get_text() for text in right.texts] == ["50%", "33%", "33%"]
     assert len(left.containers) == 2
-    each = [list(np.asarray(line.get_xdata())) for line in right.lines if line.get_markersize() == 2.5]
-    assert [0.0, 0.5] in each  # a dot for each organism
+    assert [0.0, 0.5] in dots_of(right)  # a dot for each organism
     shades = method_colours(["DCT, n = 1", "DCT, n = 4", "random", "anything else"])
     assert len(set(shades.values())) == 4
     assert shades["random"] == COLOURS["random"]
@@ -242,6 +256,6 @@ def test_each_order_of_reading_has_a_panel_and_each_method_a_line():
 def test_every_organism_is_a_dot_and_their_mean_a_bar():
     left, right = FIGURES["replicates"]().axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["best", "mean"]
-    assert list(np.asarray(left.lines[0].get_xdata())) == [3.0, 5.0]
-    assert [float(np.asarray(of.get_paths()[0].vertices)[0, 0]) for of in left.collections] == [4.0, 1.5]
+    assert dots_of(left) == [[3.0, 5.0], [1.0, 2.0]]
+    assert [list(np.asarray(line.get_xdata())) for line in left.lines if line.get_marker() == "|"] == [[4.0], [1.5]]
     assert right.get_title() == "ablated"
