@@ -56,8 +56,7 @@ def test_a_comparison_judges_the_vector_with_the_highest_validation_score(llama)
     assert {kind: len(scores) for kind, scores in found["scores"].items()} == {"DCT": 3, "random": 3}
     assert {name: len(verdicts) for name, verdicts in found["test"].items()} == {"unsteered": 4, "DCT": 4, "random": 4}
     assert found["input_scale"] > 0
-    again = compare_with_random(MODEL, **SETTING)
-    assert {**again, "fit_seconds": 0} == {**found, "fit_seconds": 0}
+    assert compare_with_random(MODEL, **SETTING) == found
 
 
 def test_a_model_that_refuses_too_little_is_named(llama, monkeypatch):
