@@ -139,13 +139,7 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
 def _remembered(folder: Path, key: str, kind: Any, compute: Callable[[], Any]) -> Any:
     """Return what `compute` gave under this `key`, stored as the JSON of its type `kind`."""
     adapter = TypeAdapter(kind)
-    return remember(
-        folder,
-        key,
-        compute,
-        save=lambda value, path: path.write_bytes(adapter.dump_json(value)),
-        load=lambda path: adapter.validate_json(path.read_bytes()),
-    )
+    return adapter.validate_python(remember(folder, key, lambda: adapter.dump_python(compute(), mode="json")))
 
 
 def _digest(dct: Transcoder) -> str:

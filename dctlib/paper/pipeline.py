@@ -1,74 +1,19 @@
-"""Notebooks as pipeline stages: executed copies with the parameters of a profile, and what a notebook saves."""
+"""Run a notebook as a pipeline stage: papermill over a copy, parameters from the profile, HTML beside it."""
 
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
-from IPython.display import Image
-from matplotlib.figure import Figure
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from dctlib._io import ROOT, atomic_path, write_json
-from dctlib.models.loading import silence_transformers
+from dctlib._io import ROOT, atomic_path
 from dctlib.paper.params import load_profile, load_run
-from dctlib.paper.plots.style import save_figure
-
-
-@dataclass(frozen=True)
-class NotebookRun:
-    """One run of a notebook: its folders, its clock, and what it saves. The working directory is notebooks/.
-
-    Attributes
-    ----------
-    name : str
-        Name of the notebook, without .ipynb.
-    profile : str
-        Name of the profile whose parameters it has.
-    started : float
-        Start on ``time.perf_counter``'s clock, from which ``seconds`` count.
-    """
-
-    name: str
-    profile: str
-    started: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        """Silence transformers' progress bars and advice."""
-        silence_transformers()
-
-    def folder(self, part: str) -> Path:
-        """Return ``part/<profile>``, where `part` is ``.cache``, ``figures``, ``models``, ``runs`` or ``vectors``."""
-        return Path("..") / part / self.profile
-
-    def save_figure(self, figure: Figure, suffix: str = "") -> Image:
-        """Save figures/<profile>/<name>[_suffix].png and .svg, and return the former, which a notebook displays."""
-        stem = f"{self.name}_{suffix}" if suffix else self.name
-        path = save_figure(figure, self.folder("figures") / stem)
-        return Image(filename=str(path), retina=True)
-
-    def record(self, task: Callable[..., Any], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Return the results of a task under each of `settings`, from the records of this notebook.
-
-        Missing cells are computed here, but under the profile ``study`` they are an error: `make study` computes those.
-        """
-        from dctlib.runs.records import record_cells  # it loads torch, which the process that starts notebooks need not
-
-        folder = self.folder("records") / self.name
-        return record_cells(task, settings, folder=folder, compute=self.profile != "study")
-
-    def save_results(self, results: dict[str, Any]) -> None:
-        """Save figures/<profile>/<name>.json: the notebook's numbers, and the seconds since its start."""
-        seconds = time.perf_counter() - self.started
-        write_json(self.folder("figures") / f"{self.name}.json", results | {"seconds": seconds})
-
 
 # glibc gives large blocks back at every free; the page faults of taking them again cost training a fifth of its time.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}

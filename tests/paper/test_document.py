@@ -11,7 +11,7 @@ from dctlib.paper.document import markdown_text, number, percent, row, write_rep
 @pytest.fixture
 def root(tmp_path):
     """A repository with the committed profiles and a writeup of one number."""
-    for folder in ("params", "writeup"):
+    for folder in ("notebooks", "params", "writeup"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "figures" / "smoke").mkdir(parents=True)
     (tmp_path / "figures" / "smoke" / "toy.json").write_text(json.dumps({"score": -7.25, "said": "<script>*x*"}))

@@ -2,7 +2,7 @@ import json
 
 from matplotlib.figure import Figure
 
-from dctlib.paper.pipeline import NotebookRun
+from dctlib.paper.notebook_run import NotebookRun
 
 
 def test_it_leaves_figures_and_numbers_under_its_profile(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def test_a_notebook_runs_on_a_copy_with_its_profiles_parameters(root):
 def test_an_executed_copy_and_its_page_hold_the_saved_figure(root):
     folder = root(
         "from matplotlib.figure import Figure\n"
-        "from dctlib.paper.pipeline import NotebookRun\n"
+        "from dctlib.paper.notebook_run import NotebookRun\n"
         "NotebookRun('toy', profile).save_figure(Figure())"
     )
     path = pipeline.run_notebook("toy", "mine", folder)

@@ -36,7 +36,7 @@ STAGES["toy"] = lambda seeds: [(refusal_rate, setting) for setting in refusal_se
 NOTEBOOK = """
 from matplotlib.figure import Figure
 from dctlib.paper.experiments.toy import refusal_rate, refusal_settings
-from dctlib.paper.pipeline import NotebookRun
+from dctlib.paper.notebook_run import NotebookRun
 stage = NotebookRun("toy", profile)
 rates = [result["rate"] for result in stage.record(refusal_rate, refusal_settings(seeds))]
 stage.save_results({"rates": rates})
