@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers
+    from dctlib.fits.baselines import random_vectors as random_vectors
     from dctlib.fits.calibration import calibrate as calibrate
     from dctlib.fits.power_steering import power_steering as power_steering
     from dctlib.fits.solvers import fit_exponential as fit_exponential
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from dctlib.maps.function import FunctionMap as FunctionMap
     from dctlib.models.chat import format_chat as format_chat
     from dctlib.models.loading import load_model as load_model
+    from dctlib.runs.cache import cached_fit as cached_fit
+    from dctlib.steering.generation import generate_completions as generate_completions
     from dctlib.steering.hooks import ablate as ablate
     from dctlib.steering.hooks import steer as steer
     from dctlib.steering.scoring import score_vectors as score_vectors
@@ -23,13 +26,16 @@ _DEFINED_IN = {
     "FunctionMap": "maps.function",
     "Transcoder": "fits.transcoder",
     "ablate": "steering.hooks",
+    "cached_fit": "runs.cache",
     "calibrate": "fits.calibration",
     "fit_exponential": "fits.solvers",
     "fit_linear": "fits.solvers",
     "fit_quadratic": "fits.solvers",
     "format_chat": "models.chat",
+    "generate_completions": "steering.generation",
     "load_model": "models.loading",
     "power_steering": "fits.power_steering",
+    "random_vectors": "fits.baselines",
     "score_vectors": "steering.scoring",
     "steer": "steering.hooks",
 }

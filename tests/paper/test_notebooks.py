@@ -155,3 +155,14 @@ def test_its_stage_depends_on_every_room_that_it_imports(path):
     assert f"notebooks/{path.name}" in stage["deps"]
     (params,) = stage["params"]
     assert params in ({"params/${profile}.yaml": [path.stem]}, {"params/study.yaml": [path.stem]})
+
+
+def test_a_reader_opens_at_most_three_rooms_besides_the_paper(path):
+    rooms = {
+        (node.module or "").split(".")[1]
+        for tree in parsed(path)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dctlib.")
+    }
+    most = 4 if path.stem == "discover" else 3  # discover walks through the whole method
+    assert len(rooms - {"paper"}) <= most
