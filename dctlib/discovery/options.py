@@ -67,7 +67,7 @@ class DiscoverOptions(BaseModel):
         400, ge=1, strict=True, description="Characters of a completion that are stored and shown."
     )
     dtype: Literal["native", "float32", "bfloat16"] = Field(
-        "native", description="native (bfloat16 where the hardware has it), float32 or bfloat16."
+        "native", description="native (bfloat16 where it is faster), float32 or bfloat16."
     )
     seed: int = Field(0, ge=0, strict=True, description="Seed of all random directions.")
 

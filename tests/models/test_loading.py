@@ -189,3 +189,18 @@ def test_model_digest_sees_one_changed_weight(llama):
     with torch.no_grad():
         llama.model.layers[3].mlp.down_proj.weight[0, 0] += 1e-9
     assert model_digest(llama) != before
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),  # at half of float32's rate
+        ({"avx2": True, "cpu_name": "AMD EPYC"}, torch.float32),
+    ],
+)
+def test_the_native_type_of_a_cpu_is_the_faster_one(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert loading.native_dtype("cpu") == dtype
+    assert loading.native_dtype("cuda") == torch.bfloat16
