@@ -58,7 +58,7 @@ def test_a_conversation_without_roles_and_contents_is_refused(tokenizer, bad):
 
 def test_one_conversation_in_place_of_a_list_is_refused(tokenizer):
     with pytest.raises(ValueError, match="at least one instruction"):
-        format_chat(tokenizer, [{"role": "user", "content": "w1"}])
+        format_chat(tokenizer, [{"role": "user", "content": "w1"}])  # pyright: ignore[reportArgumentType]
 
 
 def test_tokens_start_with_one_begin_of_text(tokenizer):

@@ -239,4 +239,4 @@ def _refused_requests(
         raise ValueError(f"the model refuses {len(refused)} of {len(requests)} requests, expected at least {count}")
     first_tokens = [tokenizer.encode(completion, add_special_tokens=False)[0] for _, completion in refused]
     (commonest, _), *_ = Counter(first_tokens).most_common(1)
-    return [request for request, _ in refused[:count]], tokenizer.decode([commonest])
+    return [request for request, _ in refused[:count]], str(tokenizer.decode([commonest]))

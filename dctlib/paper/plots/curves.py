@@ -249,7 +249,7 @@ def deeper_models(found: pd.DataFrame) -> Figure:
     """
     models: Any = list(found.groupby("model", sort=False))
     figure, axes_of = panels([1] * len(models), height=2.7, width=4.6 if len(models) == 1 else WIDTH)
-    colours = sns.color_palette("viridis", found["horizon"].nunique() + 1)
+    colours = sns.color_palette("viridis", len(set(found["horizon"])) + 1)
     for axes, (model, rows) in zip(axes_of, models, strict=True):
         for place, (horizon, cells) in enumerate(rows.groupby("horizon")):
             x = cells["source"] + 0.25 * (place - (rows["horizon"].nunique() - 1) / 2)

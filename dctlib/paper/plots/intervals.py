@@ -169,10 +169,11 @@ def anomaly(aurocs: pd.DataFrame, means: pd.DataFrame) -> Figure:
         labels += list(each)
     figure, axes_of = panels([1] * len(contrasts), height=0.9 + 0.21 * len(labels))
     keys = ["contrast", "end", "detector"]
-    dots = aurocs.groupby([*keys, "planted"])["mean"].apply(list)
+    dots: Any = aurocs.groupby([*keys, "planted"])["mean"].apply(list)
     for axes, contrast in zip(axes_of, contrasts, strict=True):
         rows = []
-        for mean in means[means["contrast"] == contrast].to_dict("records"):
+        of_contrast: Any = means[means["contrast"] == contrast]
+        for mean in of_contrast.to_dict("records"):
             end, detector = mean["end"], mean["detector"]
             place, colour = places[end, detector] - 0.1, _colour(detector)
             clean = dots.get((contrast, end, detector, False), [])

@@ -38,8 +38,8 @@ def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequenc
     figure, (left, right) = panels((1, 1), height=2.6)
     ranked_lines(left, validation)
     for label, line in zip(validation, left.lines, strict=True):
-        end = line.get_xydata()[-1]  # pyright: ignore[reportOptionalSubscript]
-        left.annotate(label, tuple(end), xytext=(4, 0), textcoords="offset points", color=COLOURS[label])
+        ends: Any = line.get_xydata()
+        left.annotate(label, tuple(ends[-1]), xytext=(4, 0), textcoords="offset points", color=COLOURS[label])
     left.axhline(0, color="0.8", lw=0.8, zorder=0)
     left.set(xlabel="rank of the vector", ylabel="mean score, validation")
     rows = [

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -34,7 +36,7 @@ def test_each_is_the_fit_of_its_map_at_its_scale(llama, tokenizer, texts, tmp_pa
     variants = vary_one_choice(USUAL, {"prompts": ["concatenated"], "nonlinearity": [0.25], "horizon": [3]})
     found = fit_each_config(tmp_path, llama, tokenizer, texts, variants, **SETTINGS)
     reference, concatenated, gentle, deep, random = found.values()
-    kinds = [(reference, "mean", 3, 0.5), (concatenated, "concatenate", 3, 0.5)]
+    kinds: list[Any] = [(reference, "mean", 3, 0.5), (concatenated, "concatenate", 3, 0.5)]
     kinds += [(gentle, "mean", 3, 0.25), (deep, "mean", 4, 0.5)]
     for one, reduction, target, nonlinearity in kinds:
         assert one

@@ -82,6 +82,6 @@ def test_an_unknown_method_and_a_misspelt_setting_are_refused(organism, tmp_path
     pinned = fingerprint_model(organism, "float32")
     given = {**pinned, **SLICE, "instructions": INSTRUCTIONS, "input_scale": 1.0}
     with pytest.raises(ValueError, match="expected one of"):
-        search_map(**given, method="magic")
+        search_map(**given, method="magic")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="factors"):
         search_map(**given, method="linear", factors=3)
