@@ -26,6 +26,8 @@ from dctlib.steering.scoring import score_each
 Cell = tuple[Task, Setting]
 
 _OPENING_WORDS = 4
+_REFUSAL_TOKENS = 24
+"""Enough for the 100 characters in which a refusal is looked for."""
 _PROMPTS = {"fit": "fit_prompts", "validation": "validation", "test": "test"}
 _BOUNDS = {"max_perplexity": 20.0, "min_pmi": 0.3}
 """What counts as an answer, besides holding no refusal and no repetition: fluent, and on the request."""
@@ -163,7 +165,7 @@ def compare_with_random(
     validation = format_chat(tokenizer, harmful.validation[: prompts["validation"]])
     requests = harmful.test[: prompts["test"]]
     test = format_chat(tokenizer, requests)
-    refused, refusal_token = _refused_requests(opened, tokenizer, harmful.fit, prompts["fit"], answer_tokens)
+    refused, refusal_token = _refused_requests(opened, tokenizer, harmful.fit, prompts["fit"])
 
     cmap = CausalMap.from_model(opened, tokenizer, format_chat(tokenizer, refused), source=source, target=target)
     R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
@@ -225,11 +227,10 @@ def _refused_requests(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[str],
     count: int,
-    answer_tokens: int,
 ) -> tuple[list[str], str]:
     """Return the first `count` refused requests, and the token that most refusals of `requests` open with."""
     prompts = format_chat(tokenizer, requests)
-    completions = generate_completions(model, tokenizer, prompts, max_new_tokens=answer_tokens)
+    completions = generate_completions(model, tokenizer, prompts, max_new_tokens=_REFUSAL_TOKENS)
     refused = [
         (request, completion)
         for request, completion in zip(requests, completions, strict=True)
