@@ -26,13 +26,13 @@ def test_a_pinned_model_stays_open_and_one_trained_again_is_not_taken_for_it(tok
     assert load_fingerprinted(**again)[0] is not model
 
 
-def test_how_a_model_is_spoken_to_is_part_of_it_and_what_it_was_last_told_is_not(tokenizer, llama):
-    spoken = copy.deepcopy(tokenizer)
-    before = chat_model_digest(llama, spoken)
-    spoken(["w0", "w1 w2"], padding=True, truncation=True, max_length=4)
-    assert chat_model_digest(llama, spoken) == before
-    spoken.chat_template = "{{ messages[0].content }}"
-    assert chat_model_digest(llama, spoken) != before
+def test_the_chat_template_is_part_of_the_digest_and_the_last_padding_is_not(tokenizer, llama):
+    other_tokenizer = copy.deepcopy(tokenizer)
+    before = chat_model_digest(llama, other_tokenizer)
+    other_tokenizer(["w0", "w1 w2"], padding=True, truncation=True, max_length=4)
+    assert chat_model_digest(llama, other_tokenizer) == before
+    other_tokenizer.chat_template = "{{ messages[0].content }}"
+    assert chat_model_digest(llama, other_tokenizer) != before
 
 
 @pytest.fixture

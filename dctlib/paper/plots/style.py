@@ -51,13 +51,13 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Decorate a function that draws a figure: apply the style, and remove the upper and right spines."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def styled_draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with style():
             figure = draw(*args, **kwargs)
             sns.despine(figure)
         return figure
 
-    return drawn
+    return styled_draw
 
 
 def save_figure(figure: Figure, stem: Path) -> Path:

@@ -22,13 +22,13 @@ AUROCS = pd.DataFrame(
 ).assign(planted=lambda table: table["organism"] != "clean-0")
 
 
-def drawn(aurocs=AUROCS):
+def draw_anomaly(aurocs=AUROCS):
     return anomaly(aurocs, mean_over_organisms(pd.DataFrame(aurocs[aurocs["planted"]])))
 
 
 def test_the_figure_is_the_same_each_time(tmp_path):
     for run in ("one", "two"):
-        save_figure(drawn(), tmp_path / run)
+        save_figure(draw_anomaly(), tmp_path / run)
     for suffix in (".png", ".svg"):
         one, two = ((tmp_path / run).with_suffix(suffix).read_bytes() for run in ("one", "two"))
         assert one == two
@@ -36,7 +36,7 @@ def test_the_figure_is_the_same_each_time(tmp_path):
 
 
 def test_every_detector_has_a_row_under_its_layer_with_its_mean():
-    left, right = drawn().axes
+    left, right = draw_anomaly().axes
     labels = [label.get_text() for label in left.get_yticklabels()]
     assert labels == ["source layer, V", *DETECTORS, "target layer, U", *DETECTORS]
     assert [panel.get_title() for panel in (left, right)] == CONTRASTS
@@ -46,7 +46,7 @@ def test_every_detector_has_a_row_under_its_layer_with_its_mean():
 
 
 def test_organisms_with_a_secret_are_filled_and_clean_ones_hollow():
-    for panel, less in zip(drawn().axes, (0, 0.3), strict=True):
+    for panel, less in zip(draw_anomaly().axes, (0, 0.3), strict=True):
         dots = [(points, np.asarray(points.get_offsets())[:, 0]) for points in panel.collections]
         filled = [sorted(x) for points, x in dots if len(points.get_facecolor())]
         hollow = [x for points, x in dots if hasattr(points, "get_sizes") and not len(points.get_facecolor())]
@@ -55,7 +55,7 @@ def test_organisms_with_a_secret_are_filled_and_clean_ones_hollow():
 
 
 def test_intervals_stand_only_where_there_are_organisms_for_them():
-    three, one = drawn(), drawn(pd.DataFrame(AUROCS[AUROCS["organism"] == "backdoor-0"]))
+    three, one = draw_anomaly(), draw_anomaly(pd.DataFrame(AUROCS[AUROCS["organism"] == "backdoor-0"]))
     for figure, spans in ((three, True), (one, False)):
         containers: Any = figure.axes[0].containers
         bars = [np.asarray(bar.lines[2][0].get_segments()) for bar in containers]
