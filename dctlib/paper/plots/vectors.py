@@ -231,7 +231,7 @@ def real_models(
     for row, shares in enumerate(refused.values()):
         for shift, (kind, share) in zip(np.linspace(-0.22, 0.22, len(shares)), shares.items(), strict=True):
             rows.append({"place": row + shift, "colour": colours[kind], **vars(share)})
-    interval_dotplot(left, pd.DataFrame(rows), labels=list(refused))
+    interval_dotplot(left, pd.DataFrame(rows), labels=[model.removesuffix("-instruct") for model in refused])
     for kind, colour in colours.items():
         left.plot([], [], "o", ms=4, color=colour, label=kind)
     left.set(xlabel="test requests refused", xlim=(-0.03, 1.03))
@@ -241,6 +241,7 @@ def real_models(
         ranked_lines(axes, kinds)
         axes.axhline(clean_scores[model], color=colours["unsteered"], lw=1, ls=":")
         axes.axhline(0, color="0.8", lw=0.8, zorder=0)
-        axes.set(title=model, xlabel="rank of the vector")
+        axes.set_title(model.removesuffix("-instruct"), fontsize=8)
+        axes.set_xlabel("rank of the vector")
     others[0].set_ylabel("mean score, validation")
     return figure
