@@ -23,7 +23,7 @@ from dctlib._io import ROOT
 from dctlib.evaluation.instructions import read_instructions
 from dctlib.exchange.gguf import read_control_vector, write_control_vector
 from dctlib.exchange.hub import SharedTranscoder, load_folder
-from dctlib.paper.params import check_parameters, check_profile, load_profile
+from dctlib.paper.params import check_profile, load_profile
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")),
@@ -148,7 +148,8 @@ def test_a_parameter_of_any_type_is_taken_or_named(where, value):
 @fuzzed
 @given(content=anything)
 def test_options_of_discover_are_taken_or_named(content):
-    accepted(check_parameters, "discover", content if isinstance(content, dict) else {"prompts": content}, "discover")
+    options = content if isinstance(content, dict) else {"prompts": content}
+    accepted(check_profile, {"discover": options}, "params/mine.yaml")
 
 
 # Transcoder files

@@ -180,11 +180,6 @@ def check_profile(content: Mapping[str, Any], where: str, root: Path = ROOT) -> 
     return _validate(profile, content, where).model_dump(mode="json", exclude_unset=True)
 
 
-def check_parameters(stem: str, values: Mapping[str, Any], where: str, root: Path = ROOT) -> dict[str, Any]:
-    """Return the parameters of notebooks/<stem>.ipynb, checked as those of a profile are."""
-    return _validate(_section(root / "notebooks" / f"{stem}.ipynb"), values, where).model_dump(mode="json")
-
-
 def read_defaults(notebook: Path) -> dict[str, tuple[Any, list[str]]]:
     """Return each name of a notebook's parameters cell with its default and the types of its annotation, if any."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
