@@ -17,6 +17,19 @@ _BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.language_m
 _FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm", "model.language_model.norm")
 
 
+def unwrap(model: Any) -> Any:
+    """Return the plain transformers model behind a PEFT model, a compiled one, or a wrapper for several devices."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def get_blocks(model: nn.Module) -> nn.ModuleList:
     """Return the transformer blocks of `model`, in order: block s maps h_s to h_{s+1}."""
     return _first_part(model, *_BLOCKS, kind=nn.ModuleList)
