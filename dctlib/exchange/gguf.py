@@ -80,7 +80,7 @@ def read_control_vector(path: str | Path) -> dict[int, Float[Tensor, " d"]]:
     dict of int to Tensor, (d,)
         Layer → vector, float32, as :func:`dctlib.steer` takes them. A file of ours holds what was written, bit for bit.
         Others hold a direction for nearly every block, meant to be added together, and often of unit length. A
-        direction of the last block comes back at the number of blocks, a layer that ``steer`` refuses.
+        direction of the last block comes back at the number of blocks, where ``steer`` adds it to that block's output.
 
     Raises
     ------

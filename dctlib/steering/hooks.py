@@ -26,7 +26,8 @@ def steer(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, "*batch d
     model : PreTrainedModel
         Any model that :func:`dctlib.models.blocks.get_blocks` knows.
     layer : int
-        The layer at which the vector was fitted (the transcoder's ``source``).
+        The layer at which the vector was fitted (the transcoder's ``source``). The number of blocks stands for the
+        last block's output, before the final norm, which control vectors of other tools steer too.
     vector : Tensor, (d,) or (batch, d)
         One vector for all rows of the batch, or one for each. Its length is the strength: pass ``R * v``.
 
@@ -36,7 +37,10 @@ def steer(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, "*batch d
         If the layer or the shape does not fit the model, the vector is not finite, or the batch has another number
         of rows than the vector.
     """
-    check_layer(model, layer)
+    blocks = get_blocks(model)
+    behind_last = layer == len(blocks)
+    if not behind_last:
+        check_layer(model, layer)
     d = residual_width(model)
     if vector.ndim not in (1, 2) or vector.shape[-1] != d:
         raise ValueError(f"got a vector of shape {tuple(vector.shape)}, expected ({d},) or (batch, {d})")
@@ -54,7 +58,14 @@ def steer(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, "*batch d
             return (add(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"])}
 
-    with get_blocks(model)[layer].register_forward_pre_hook(before_block, with_kwargs=True):
+    def after_block(_block: nn.Module, _args: tuple, output: Any) -> Any:
+        return (add(output[0]), *output[1:]) if isinstance(output, tuple) else add(output)
+
+    if behind_last:
+        hook = blocks[-1].register_forward_hook(after_block)
+    else:
+        hook = blocks[layer].register_forward_pre_hook(before_block, with_kwargs=True)
+    with hook:
         yield
 
 

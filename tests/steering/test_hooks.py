@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tiny import FAMILIES, hooked_residual, tiny_model, unit_rows
+from tiny import BLOCKS, FAMILIES, assert_near, hooked_residual, tiny_model, unit_rows
 
 from dctlib import CausalMap, ablate, steer
-from dctlib.models.blocks import get_blocks
+from dctlib.models.blocks import get_blocks, get_final_norm
 from dctlib.steering.hooks import ablated_copy
 
 D = 32
@@ -41,6 +41,18 @@ def test_it_changes_exactly_the_fitted_residual(family, tokenizer):
         steered = hooked_residual(model, tokens, 1, 3)
     change = (steered - clean)[0, -2:].mean(0)
     assert (change - cmap(vector[None])[0]).norm() < 1e-6 * change.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_number_of_blocks_is_the_last_block_s_output(family, tokens):
+    """A control vector's direction of the last block is added there, in front of the final norm."""
+    model, vector = tiny_model(family), 3 * unit_rows(1, D)[0]
+    handle = get_final_norm(model).register_forward_pre_hook(lambda _norm, args: (args[0] + vector,))
+    expected = model(tokens).logits
+    handle.remove()
+    with steer(model, layer=BLOCKS, vector=vector):
+        assert_near(model(tokens).logits, expected, 1e-9)
+    assert not torch.allclose(model(tokens).logits, expected, atol=0.1)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -101,7 +113,7 @@ def test_nothing_is_left_also_after_an_exception(llama, tokens):
 @pytest.mark.parametrize(
     ("layer", "vector", "message"),
     [
-        (4, torch.zeros(D), "from 0 to 3"),
+        (5, torch.zeros(D), "from 0 to 3"),
         (-1, torch.zeros(D), "layer=-1"),
         (1, torch.zeros(D + 1), "expected"),
         (1, torch.zeros(2, 3, D), "expected"),
