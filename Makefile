@@ -8,6 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
+PEERS := build/peers/.ready
 SMOKE := build/smoke
 NBVAL := pytest --nbval-lax --nbval-kernel-name=python3 --nbval-cell-timeout=1200
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -35,7 +36,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 # By file, as a file's tests may share what is costly; a thread each, as tiny models gain nothing from a second.
-unit: $(READY)
+unit: $(READY) $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # For the night: what CI leaves out, a real Ray cluster, inputs of properties that are new every time, 10,000 a loader,
@@ -89,6 +90,11 @@ $(READY): requirements.lock pyproject.toml
 	grep -v '^#' requirements.lock | xargs -n 60 -P 2 $(BIN)/python -m pip install --quiet --no-compile --no-deps
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --constraint requirements.lock --editable ".[paper]"
 	touch $(READY)
+
+# Tools whose objects we read and write, for their tests: without what they pin, older NumPy and transformers than ours.
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target build/peers repeng==0.4.0 steering-vectors==0.12.2
+	touch $(PEERS)
 
 # Rewrites requirements.lock with today's releases; torch stays where it is tested.
 lock:

@@ -1,11 +1,8 @@
-"""Steering vectors as GGUF control vectors, the files that llama.cpp's ``--control-vector`` and repeng read.
+"""Steering vectors as GGUF control vectors, the files that llama.cpp's ``--control-vector``, repeng and EasySteer read.
 
-A control vector holds one tensor ``direction.N`` for each block N that it steers. It is added to the *output* of block
-N at every position. dctlib's layer s is the *input* of block s, which is the output of block s − 1, so
-
-    layer s  ↔  direction.(s − 1)    for s ≥ 2.
-
-llama.cpp has no direction.0 (it steers no block before block 1), so layers 0 and 1 have no place in such a file.
+A control vector holds one tensor ``direction.N`` for each block N that it steers, as
+:mod:`dctlib.exchange.directions` says. llama.cpp refuses a file with a ``direction.0``, because it steers no block
+before block 1. So layers 0 and 1 have no place in such a file.
 """
 
 import hashlib
@@ -16,11 +13,11 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dctlib._io import atomic_path
+from dctlib.exchange.directions import from_directions, to_directions
 
 _ARCHITECTURE, _KIND = "general.architecture", "controlvector"
 
@@ -34,7 +31,7 @@ def write_control_vector(path: str | Path, vectors: Mapping[int, Float[Tensor, "
     ----------
     path : path
         The file to write, by custom ``*.gguf``.
-    vectors : mapping of int to Tensor, (d,)
+    vectors : mapping of int to Tensor or numpy array, (d,)
         Layer → the vector that is added at it: ``{dct.source: R * dct.V[0]}``. The length of the vector is the
         strength, so that llama.cpp's default scale of 1 is right. Stored in float32.
     architecture : str
@@ -45,20 +42,12 @@ def write_control_vector(path: str | Path, vectors: Mapping[int, Float[Tensor, "
     ValueError
         If there is no vector, a layer is below 2, or a vector is not finite or not as wide as the others.
     """
-    if not vectors or not architecture:
-        raise ValueError(
-            f"got {len(vectors)} vectors and architecture={architecture!r}, expected at least one vector and the "
-            f"model's type, as in model.config.model_type"
-        )
-    directions: dict[str, np.ndarray] = {}
-    for layer, vector in vectors.items():
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 2:
-            raise ValueError(
-                f"got layer={layer!r}, expected 2 or more: a control vector is added to the output of block 1 or of a "
-                f"later one, which is the input of block 2. Fit at a later source layer, or share a folder instead"
-            )
-        directions[f"direction.{layer - 1}"] = vector.detach().cpu().float().numpy()
-    _check(directions, "vectors")
+    if not architecture:
+        raise ValueError(f"got architecture={architecture!r}, expected the model's type, as in model.config.model_type")
+    directions = {
+        f"direction.{block}": direction.float().numpy() for block, direction in to_directions(vectors, lowest=2).items()
+    }
+    _check_names(directions, "vectors")
     with atomic_path(path) as partial:
         writer = gguf.GGUFWriter(partial, _KIND)
         writer.add_string(f"{_KIND}.model_hint", architecture)
@@ -95,13 +84,10 @@ def read_control_vector(path: str | Path) -> dict[int, Float[Tensor, " d"]]:
     if (kind := fields.get(_ARCHITECTURE)) != _KIND:
         raise ValueError(f"{path} is a GGUF file of architecture {kind!r}, expected {_KIND!r}; is it a model?")
     directions = {tensor.name: tensor.data for tensor in reader.tensors}
-    _check(directions, str(path))
+    _check_names(directions, str(path))
     if fields.get(_DIGEST, found := _digest(directions)) != found:
         raise ValueError(f"{path} is damaged: its directions do not have the SHA-256 that it names; export it again")
-    return {
-        int(name.removeprefix("direction.")) + 1: torch.from_numpy(np.array(direction, dtype=np.float32))
-        for name, direction in directions.items()
-    }
+    return from_directions({int(name.removeprefix("direction.")): held for name, held in directions.items()}, str(path))
 
 
 class _Reader(gguf.GGUFReader):
@@ -114,17 +100,13 @@ class _Reader(gguf.GGUFReader):
         return found
 
 
-def _check(directions: Mapping[str, np.ndarray], what: str) -> None:
-    """Refuse what llama.cpp's ``common_control_vector_load`` refuses, and what is not finite."""
+def _check_names(directions: Mapping[str, np.ndarray], what: str) -> None:
+    """Refuse tensors that llama.cpp's ``common_control_vector_load`` refuses for their name or type."""
     for name, direction in directions.items():
         if not re.fullmatch(r"direction\.[1-9][0-9]{0,5}", name):
             raise ValueError(f"{what}: got a tensor {name!r}, expected direction.N with N of 1 or more")
-        if direction.dtype.newbyteorder("=") != np.float32 or direction.ndim != 1 or not direction.size:
+        if direction.dtype.newbyteorder("=") != np.float32:
             raise ValueError(f"{what}: {name} is {direction.dtype} {direction.shape}, expected float32 (d,)")
-        if not np.isfinite(direction).all():
-            raise ValueError(f"{what}: {name} is not finite in float32")
-    if len(widths := {direction.size for direction in directions.values()}) != 1:
-        raise ValueError(f"{what}: got directions of widths {sorted(widths)}, expected at least one, and one width")
 
 
 def _digest(directions: Mapping[str, np.ndarray]) -> str:
