@@ -4,6 +4,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dctlib.maps.base import DifferentiableMap, Product
+from dctlib.models.blocks import tolerance
 
 Term = Callable[[Tensor], Tensor]
 """A differentiable function, (m, d_source) → (m, d_target), row by row."""
@@ -70,9 +72,26 @@ class AutogradMap(DifferentiableMap):
         return torch.cat([value, gradient], dim=1)
 
     def _vjp_at_zero(self, cotangent: Tensor) -> Tensor:
+        if not self._batches_backward:
+            return self._value_and_vjp(torch.zeros_like(cotangent[:, :1]).expand(-1, self.d_source), cotangent)[
+                :, self.d_target :
+            ]
         zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device, requires_grad=True)
         batch: Any = {"grad_outputs": cotangent[:, None], "is_grads_batched": True}
         return _sum(torch.autograd.grad(term(zero), zero, **batch)[0] for term in self._terms())[:, 0]
+
+    @cached_property
+    def _batches_backward(self) -> bool:
+        """Whether one backward pass takes a batch of cotangents, which operations such as in-place writes refuse."""
+        zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device, requires_grad=True)
+        cotangent = torch.ones(2, 1, self.d_target, dtype=self.dtype, device=self.device)
+        try:
+            torch.autograd.grad(next(iter(self._terms()))(zero), zero, cotangent, is_grads_batched=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+        return True
 
     def _forward_mode(self, derivative: Callable[..., Tensor], **rows: Tensor) -> Tensor:
         def total(*rows: Tensor) -> Tensor:
@@ -80,7 +99,61 @@ class AutogradMap(DifferentiableMap):
 
         # Compiled blocks have no forward mode.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Unfused():
+            self._verify_forward_mode(1 if derivative is _jvp else 2)
             return self._chunked(total, **rows)
+
+    def _verify_forward_mode(self, order: int) -> None:
+        """Check, once, that derivatives of this order by forward mode are those by reverse mode, on random vectors.
+
+        torch has fused functions that forward mode refuses, and some whose second derivatives it gets wrong without an
+        error. Reverse mode, twice for the second order, is the reference.
+        """
+        if order in self._verified_orders:
+            return
+        term = next(iter(self._terms()))
+        generator = torch.Generator().manual_seed(0)
+        v, w = torch.randn(2, 3, self.d_source, generator=generator, dtype=self.dtype).to(self.device)
+        u = torch.randn(3, self.d_target, generator=generator, dtype=self.dtype).to(self.device)
+        try:
+            if order == 1:
+                forward = [(u * _jvp(term, torch.zeros_like(v), v)).sum(1)]
+                reverse = [(_vjp(term, torch.zeros_like(v), u) * v).sum(1)]
+            else:
+                forward = [_vjp_of_jvp(term, u, v), (u * _jvp_of_jvp(term, v, w)).sum(1)]
+                second = _vjp_of_vjp(term, u, v)
+                reverse = [second, (second * w).sum(1)]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"this map has no derivatives of order {order} in forward mode ({error}); exponential and linear fits "
+                f"do without them"
+            ) from error
+        for found, expected in zip(forward, reverse, strict=True):
+            distance = (found - expected).norm().item()
+            if not distance <= 10 * tolerance(self._precision) * expected.norm().item() + 1e-9:
+                raise ValueError(
+                    f"derivatives of order {order} of this map in forward mode differ from reverse mode by "
+                    f"{distance / expected.norm().item():.1%} under torch {torch.__version__}; exponential and linear "
+                    f"fits do without them"
+                )
+        self._verified_orders.add(order)
+
+    @cached_property
+    def _verified_orders(self) -> set[int]:
+        return set()
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """The type in which terms compute, which may be narrower than that of the results."""
+        return self.dtype
+
+
+def _vjp(term: Term, theta: Tensor, u: Tensor) -> Tensor:
+    """J(θ)ᵀ u."""
+    with torch.enable_grad():
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad(term(theta), theta, u)[0]
 
 
 def _jvp(term: Term, theta: Tensor, tangent: Tensor) -> Tensor:
@@ -99,6 +172,17 @@ def _vjp_of_jvp(term: Term, u: Tensor, v: Tensor) -> Tensor:
     """T2(u, v, ·): pull u back, at 0, through the derivative along v; reverse over forward mode."""
     pull_back = torch.func.vjp(lambda theta: _directional(term, theta, v), torch.zeros_like(v))[1]
     return pull_back(u)[0]
+
+
+def _vjp_of_vjp(term: Term, u: Tensor, v: Tensor) -> Tensor:
+    """T2(u, v, ·) by reverse mode twice: slower than forward mode, and without its faults."""
+    with torch.enable_grad():
+        theta = torch.zeros_like(v, requires_grad=True)
+        first = torch.autograd.grad(term(theta), theta, u, create_graph=True)[0]
+        if not first.requires_grad:  # the map is linear
+            return torch.zeros_like(v)
+        second = torch.autograd.grad(first, theta, v, allow_unused=True)[0]
+    return torch.zeros_like(v) if second is None else second
 
 
 def _directional(function: Term, theta: Tensor, tangent: Tensor) -> Tensor:
@@ -138,4 +222,42 @@ def _layer_norm(
     return output if bias is None else output + bias
 
 
-_DEFINITIONS = {F.layer_norm: _layer_norm, F.silu: _silu}
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    output = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
+    return output if weight is None else output * weight
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value
+
+
+_DEFINITIONS = {
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.silu: _silu,
+}

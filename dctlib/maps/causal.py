@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.maps.autograd import AutogradMap, Term
 from dctlib.maps.base import Product
 from dctlib.maps.replay import Capture, capture, replay
-from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width
+from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width, unwrap
 from dctlib.models.chat import tokenize_each
 from dctlib.models.fingerprint import model_digest
 from dctlib.models.packing import pack_prompts
@@ -163,7 +163,7 @@ class CausalMap(AutogradMap):
             blocks = [torch.compile(block) for block in blocks]
         layers = {"source": source, "target": target}
         cmap = cls(model, captures, blocks, **layers, positions=positions, reduction=reduction)
-        heads = model.config.get_text_config().num_attention_heads
+        heads = getattr(unwrap(model).config.get_text_config(), "num_attention_heads", 0)  # none in a state-space model
         cmap.chunk_size = _chunk_size(cmap, captures, heads, memory)
         return cmap
 
@@ -212,6 +212,10 @@ class CausalMap(AutogradMap):
 
     def _context(self) -> AbstractContextManager[None]:
         return eager_attention(self._model)
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return self._captures[0].hidden.dtype
 
 
 def _is_offloaded(blocks: Sequence[Any]) -> bool:

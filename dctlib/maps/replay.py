@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models.blocks import check_layer, eager_attention, get_blocks
+from dctlib.models.blocks import (
+    check_layer,
+    eager_attention,
+    get_blocks,
+    output_residual,
+    split_residual,
+    tolerance,
+    unwrap,
+)
 from dctlib.models.chat import tokenize_each
 from dctlib.models.packing import PromptTree, pack_prompts
+from dctlib.models.trace import once_per_model, probe_tokens
 
 
 @dataclass(frozen=True)
@@ -30,12 +39,15 @@ class Capture:
         which a replay inside the same context adds itself.
     calls : list of (args, kwargs)
         What the model passed to each block besides the residual: masks, rotary embeddings, positions.
+    takes_batches : bool
+        Whether blocks take these arguments with any number of rows; else a replay runs its rows one at a time.
     """
 
     tokens: Tensor
     paths: list[Tensor]
     hidden: Tensor
     calls: list[tuple[tuple, dict[str, Any]]]
+    takes_batches: bool = True
 
     def last(self, positions: int = 1) -> Tensor:
         """Return where the last `positions` tokens of every prompt are, prompt after prompt: (prompts · positions,)."""
@@ -46,24 +58,100 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
     """Run the prompts of a tree once and return the inputs of blocks source … target−1.
 
     Call it inside :func:`dctlib.models.blocks.eager_attention`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`verify_replay`.
     """
+    takes_batches = verify_replay(model, source, target)
+    return _capture(model, tree, source, target, takes_batches)
+
+
+def _capture(model: PreTrainedModel, tree: PromptTree, source: int, target: int, takes_batches: bool) -> Capture:
     hidden: list[Tensor] = []
     calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def keep(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args:
-            residual, args = args[0], args[1:]
-        else:
-            residual = kwargs["hidden_states"]
+        residual, *others = split_residual(args, kwargs)
         hidden.append(residual.detach())
-        calls.append((args, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        calls.append((others[0], others[1]))
 
     with ExitStack() as hooks, torch.no_grad():
         for block in list(get_blocks(model))[source:target]:
             handle = block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
             hooks.callback(handle.remove)
-        model.base_model(**tree.arguments(model), use_cache=False)
-    return Capture(tree.tokens, tree.paths, hidden[0], calls)
+        unwrap(model).base_model(**tree.arguments(model), use_cache=False)
+    return Capture(tree.tokens, tree.paths, hidden[0], calls, takes_batches)
+
+
+@once_per_model
+def verify_replay(model: PreTrainedModel, source: int, target: int) -> bool:
+    """Check that a replay of blocks source … target−1 gives what the whole model gives under a vector at `source`.
+
+    The vectors are random, half as long as the residual stream, and there are a few tokens. Mixtures of experts may
+    choose other experts where rounding differs, so one of three vectors has to agree.
+
+    Returns
+    -------
+    bool
+        Whether several vectors may be replayed as one batch.
+
+    Raises
+    ------
+    ValueError
+        If the slice gives something else, or cannot be replayed at all.
+    """
+    name, blocks = type(model).__name__, list(get_blocks(model))
+    tokens = probe_tokens(model)
+    with torch.no_grad(), eager_attention(model):
+        try:
+            single = _capture(model, PromptTree.from_prompts(tokens.tolist()), source, target, takes_batches=False)
+            scale = single.hidden.norm(dim=-1).median() / 2
+            generator = torch.Generator().manual_seed(0)
+            theta = torch.randn(3, single.hidden.shape[-1], generator=generator).to(single.hidden)
+            theta = scale * theta / theta.norm(dim=1, keepdim=True)
+            clean, *steered = [_whole_run(model, tokens, blocks, source, target, row) for row in (0 * theta[0], *theta)]
+            alone = replay(blocks[source:target], single, theta)
+        except Exception as error:
+            raise ValueError(f"blocks {source} to {target - 1} of {name} cannot be replayed alone: {error}") from error
+        if not clean.isfinite().all():
+            raise ValueError(f"the model's activations at layer {target} are not finite; try dtype='float32'")
+
+        def least_error(replayed: Tensor) -> float:
+            return min(((a - b).norm() / (b - clean).norm()).item() for a, b in zip(replayed, steered, strict=True))
+
+        if not least_error(alone) <= tolerance(model.dtype):
+            raise ValueError(
+                f"blocks {source} to {target - 1} of {name}, replayed alone, differ from the whole model by "
+                f"{least_error(alone):.1%} of a vector's effect: they depend on more than their input; try other layers"
+            )
+        try:
+            together = replay(blocks[source:target], replace(single, takes_batches=True), theta)
+        except Exception:  # a mask with a row for each head of the batch, for one
+            return False
+        return least_error(together) <= tolerance(model.dtype)
+
+
+def _whole_run(
+    model: PreTrainedModel, tokens: Tensor, blocks: Sequence[nn.Module], source: int, target: int, vector: Tensor
+) -> Float[Tensor, "tokens d"]:
+    """Return h_target of a whole forward pass with `vector` added to h_source."""
+    found: list[Tensor] = []
+
+    def add(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        hidden, args, kwargs = split_residual(args, kwargs)
+        return (hidden + vector, *args), kwargs
+
+    def keep(_block: nn.Module, _args: tuple, output: Any) -> None:
+        found.append(output_residual(output)[0])
+
+    with (
+        blocks[source].register_forward_pre_hook(add, with_kwargs=True),
+        blocks[target - 1].register_forward_hook(keep),
+    ):
+        model(input_ids=tokens, use_cache=False)
+    return found[0]
 
 
 def activations(
@@ -98,8 +186,9 @@ def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tens
 
     Blocks may lie on several devices, where accelerate's hooks move what they are given; the result lies with h_s.
     """
+    if not capture.takes_batches and len(theta) > 1:
+        return torch.cat([replay(blocks, capture, row) for row in theta.split(1)])
     hidden = capture.hidden + theta.to(capture.hidden)[:, None]
     for block, (args, kwargs) in zip(blocks, capture.calls, strict=True):
-        output = block(hidden, *args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output_residual(block(hidden, *args, **kwargs))
     return hidden.to(capture.hidden.device)

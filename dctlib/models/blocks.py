@@ -1,20 +1,13 @@
-"""Parts of a model: its blocks, norms, and the modules that write to the residual stream, for each known family."""
+"""The blocks of a model, what passes between them, and the kernels under which they can be differentiated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-# Where each family keeps its list of blocks and the norm behind the last one.
-_BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.language_model.layers")
-
-_FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm", "model.language_model.norm")
 
 
 def unwrap(model: Any) -> Any:
@@ -31,65 +24,91 @@ def unwrap(model: Any) -> Any:
 
 
 def get_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the transformer blocks of `model`, in order: block s maps h_s to h_{s+1}."""
-    return _first_part(model, *_BLOCKS, kind=nn.ModuleList)
+    """Return the transformer blocks of `model`, in order: block s maps h_s to h_{s+1}.
 
+    They are the outermost list of modules in the text decoder that is as long as the configuration says.
 
-def get_final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm between the last block and the unembedding."""
-    return _first_part(model, *_FINAL_NORMS)
-
-
-def _first_part(module: nn.Module, *paths: str, kind: type = nn.Module) -> Any:
-    """Return the submodule at the first of `paths` that exists."""
-    for path in paths:
-        try:
-            part = module.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(part, kind):
-            return part
-    raise ValueError(
-        f"{type(module).__name__} has none of {', '.join(paths)}; add its layout to dctlib/models/blocks.py"
-    )
-
-
-@dataclass(frozen=True)
-class ResidualWriters:
-    """Modules whose outputs are added to the residual stream, and the weights that they write with.
-
-    Attributes
-    ----------
-    modules : list of nn.Module
-        Embeddings first, then for each block its attention and its MLP, or the norms behind them.
-    embeddings : list
-        Token embeddings, and learned positions where the family has them.
-    projections : list or None
-        Output projections of attention and MLP, ``nn.Linear`` or GPT-2's transposed ``Conv1D``. None for a family
-        with a norm behind them, because no edit of a weight projects that norm's output.
+    Raises
+    ------
+    ValueError
+        If `model` is not a decoder-only transformers model, or has no such list.
     """
+    model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"got a {type(model).__name__}, expected a transformers language model, as from load_model")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder and a decoder, expected a decoder-only language model")
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (path.count("."), part)
+        for path, part in model.get_decoder().named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) == depth
+    ]
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} keeps no list of its {depth} blocks, so there is no layer to steer or to fit; "
+            "docs/models.md says which layouts are covered"
+        )
+    return min(lists, key=lambda pair: pair[0])[1]
 
-    modules: list[nn.Module]
-    embeddings: list[Any]
-    projections: list[Any] | None
+
+def check_layer(model: nn.Module, layer: int, *, name: str = "layer") -> int:
+    """Return `layer` if `model` has a block of that index, else raise ValueError naming the valid range."""
+    count = len(get_blocks(model))
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < count:
+        raise ValueError(f"got {name}={layer!r}, expected a block index from 0 to {count - 1}")
+    return int(layer)
 
 
-def residual_writers(model: PreTrainedModel) -> ResidualWriters:
-    """Return every module that writes to the residual stream of `model`."""
-    positions = getattr(model.base_model, "wpe", None)
-    embeddings: list[Any] = [model.get_input_embeddings()] + ([] if positions is None else [positions])
-    modules, projections, normed = [*embeddings], [], False
-    for block in get_blocks(model):
-        attention = _first_part(block, "self_attn", "attention", "attn")
-        mlp = _first_part(block, "mlp")
-        if hasattr(block, "post_feedforward_layernorm"):  # Gemma 2 and 3, OLMo 2
-            normed = True
-            modules += [block.post_attention_layernorm, block.post_feedforward_layernorm]
-        else:
-            modules += [attention, mlp]
-            projections.append(_first_part(attention, "o_proj", "dense", "c_proj"))
-            projections.append(_first_part(mlp, "down_proj", "dense_4h_to_h", "c_proj"))
-    return ResidualWriters(modules, embeddings, None if normed else projections)
+def residual_width(model: nn.Module) -> int:
+    """Return d, the number of coordinates of the residual stream."""
+    return unwrap(model).config.get_text_config().hidden_size
+
+
+def split_residual(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """Return the residual stream that a block was called with, and the other positional and keyword arguments."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    others = dict(kwargs)
+    return others.pop("hidden_states"), (), others
+
+
+def output_residual(output: Any) -> Tensor:
+    """Return the residual stream of what a block returned: a tensor, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Run `model` in evaluation mode under eager attention and eager experts, then put all of it back.
+
+    Forward-mode differentiation through scaled_dot_product_attention and grouped matrix products raises. Under eager
+    attention every block also receives an explicit mask, which a replay can use again.
+    """
+    model = unwrap(model)
+    training = [module for module in model.modules() if module.training]
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, config._attn_implementation, config._experts_implementation) for config in configs.values()]
+    try:
+        model.eval()
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation("eager")
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")
+        yield
+    finally:
+        for config, attention, experts in before:
+            config._attn_implementation, config._experts_implementation = attention, experts
+        for module in training:
+            module.training = True
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error below which two ways to compute the same activations agree in `dtype`.
+
+    transformers rounds softmax and norms to float32 in a model of any type.
+    """
+    return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 0.05)
 
 
 # Families tested for it: tokens meet in attention alone, under any mask and positions.
@@ -101,84 +120,3 @@ def supports_packing(model: PreTrainedModel, tokens: int) -> bool:
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return config.model_type in _PACKED_FAMILIES and (window is None or tokens <= window)
-
-
-def residual_width(model: PreTrainedModel) -> int:
-    """Return d, the number of coordinates of the residual stream."""
-    return model.config.get_text_config().hidden_size
-
-
-def check_layer(model: nn.Module, layer: int, *, name: str = "layer") -> int:
-    """Return `layer` if `model` has a block of that index, else raise ValueError naming the valid range."""
-    count = len(get_blocks(model))
-    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < count:
-        raise ValueError(f"got {name}={layer!r}, expected a block index from 0 to {count - 1}")
-    return int(layer)
-
-
-def compute_logits(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Return the logits of a few tokens at residuals behind the last block.
-
-    Parameters
-    ----------
-    hidden : Tensor, (..., d)
-        Output of the last block, before the final norm.
-    tokens : Tensor, (k,)
-        Vocabulary indices.
-
-    Returns
-    -------
-    Tensor, (..., k)
-        Float32 and equal to the model's own logits: the family's soft cap or scale is applied.
-
-    Raises
-    ------
-    ValueError
-        If a logit is not finite.
-    """
-    head: Any = model.get_output_embeddings()
-    hidden = get_final_norm(model)(hidden)
-    with align_module_device(head):  # its weight is used without calling it, which would fetch an offloaded one
-        rows = tokens.to(head.weight.device)
-        weight = head.weight[rows].to(hidden.device)
-        bias = getattr(head, "bias", None)
-        bias = None if bias is None else bias[rows].to(hidden.device)
-    return check_finite(postprocess_logits(model, nn.functional.linear(hidden, weight, bias)))
-
-
-def postprocess_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """Return the output head's `logits` in float32, with the family's soft cap or scale: the model's own logits."""
-    config = model.config.get_text_config()
-    logits = logits.float()
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    return logits * (getattr(config, "logit_scale", None) or 1.0)
-
-
-def check_finite(logits: Tensor) -> Tensor:
-    """Return `logits`, or raise ValueError if one is NaN or infinite, because rankings put it before every number."""
-    if not torch.isfinite(logits).all():
-        raise ValueError(
-            "the model gave logits that are not finite: are its weights damaged, or does a block overflow? Try "
-            "dtype='float32', or shorter vectors"
-        )
-    return logits
-
-
-@contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Run `model` in evaluation mode under eager attention, then put both back.
-
-    Forward-mode differentiation through scaled_dot_product_attention raises. Under eager attention every block also
-    receives an explicit mask, which a replay can use again.
-    """
-    training = [module for module in model.modules() if module.training]
-    implementation: Any = model.config._attn_implementation
-    try:
-        model.eval()
-        model.set_attn_implementation("eager")
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module in training:
-            module.training = True

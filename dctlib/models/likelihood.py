@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models.blocks import eager_attention, postprocess_logits
+from dctlib.models.blocks import eager_attention, unwrap
 from dctlib.models.chat import tokenize
+from dctlib.models.logits import output_logits
 from dctlib.models.packing import PromptTree, pack_prompts
 
 _MOST_TOKENS = 1024  # a tree runs once here, not once for every factor, so that few large products are the fastest
@@ -58,9 +59,9 @@ def _token_losses(
     """Yield −log p of every token of each answer, with logits computed at those tokens alone."""
     with eager_attention(model):
         for tree, starts in pack_answers(model, tokenizer, examples):
-            hidden = model.base_model(**tree.arguments(model), use_cache=False).last_hidden_state[0]
+            hidden = unwrap(model).base_model(**tree.arguments(model), use_cache=False).last_hidden_state[0]
             answers = [path[start:] for path, start in zip(tree.paths, starts, strict=True)]
             before = [path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)]
-            logits = postprocess_logits(model, model.get_output_embeddings()(hidden[torch.cat(before)]))
+            logits = output_logits(model, hidden[torch.cat(before)])
             targets = tree.tokens[0, torch.cat(answers)].to(logits.device)
             yield from F.cross_entropy(logits, targets, reduction="none").split([len(answer) for answer in answers])

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models.blocks import compute_logits
+from dctlib.models.logits import compute_logits
 from dctlib.steering.last_token import replay_last_token
 
 
@@ -47,10 +47,9 @@ def effects(
     ValueError
         If there is no text or vector, they have another width, or the layer is out of range.
     """
-    vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
 
     def read(residuals: list[Tensor]) -> Tensor:
-        return compute_logits(model, residuals[-1], vocabulary).log_softmax(-1)
+        return compute_logits(model, residuals[-1]).log_softmax(-1)
 
     def compare(steered: Tensor, clean: Tensor) -> Tensor:
         divergence = torch.sum(steered.exp() * (steered - clean), -1)

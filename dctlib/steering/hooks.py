@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dctlib.models.blocks import check_layer, get_blocks, residual_width, residual_writers
+from dctlib.models.blocks import check_layer, get_blocks, residual_width
+from dctlib.models.writers import residual_writers
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> P
     basis = _span(model, directions)
     if any(has_offloaded_params(module) for module in model.modules()):
         raise ValueError("weights are offloaded, which no edit reaches; load the model whole, as on device='cpu'")
-    if residual_writers(model).projections is None:
+    if residual_writers(model).projections is None or residual_writers(model).embeddings is None:
         raise ValueError(
             f"{type(model).__name__} normalises what its layers write, so no weight edit is an ablation; use ablate()"
         )
@@ -128,7 +129,7 @@ def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> P
         if head.weight is copied.get_input_embeddings().weight:
             head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
             copied.config.get_text_config().tie_word_embeddings = copied.config.tie_word_embeddings = False
-        for embedding in writers.embeddings:
+        for embedding in writers.embeddings or []:
             embedding.weight.copy_(_without(embedding.weight, basis))
         for projection in writers.projections or []:
             by_output = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight  # (inputs, d)

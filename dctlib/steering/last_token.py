@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.maps.replay import capture, replay
-from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width
+from dctlib.models.blocks import check_layer, eager_attention, get_blocks, output_residual, residual_width
 from dctlib.models.chat import tokenize_each
 from dctlib.models.packing import pack_prompts
 
@@ -84,9 +85,8 @@ def _last_residuals(blocks: Sequence[nn.Module], last: Tensor) -> Iterator[list[
     """Record the residual at tokens `last` behind every block that runs, (batch, prompts, d) each."""
     residuals: list[Tensor] = []
 
-    def record(_block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        residuals.append(hidden[:, last])
+    def record(_block: nn.Module, _args: tuple, output: Any) -> None:
+        residuals.append(output_residual(output)[:, last])
 
     with ExitStack() as hooks:
         for block in blocks:

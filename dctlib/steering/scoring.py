@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models.blocks import check_finite, compute_logits, eager_attention
+from dctlib.models.blocks import eager_attention, unwrap
 from dctlib.models.chat import tokenize_each
+from dctlib.models.logits import check_finite, compute_logits, output_logits
 from dctlib.models.packing import pack_prompts
 from dctlib.steering.last_token import replay_last_token
 
@@ -109,10 +110,9 @@ def score_each(
     whole vocabulary.
     """
     yes, no = _words(tokenizer, positive, negative)
-    vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
 
     def both(residuals: list[Tensor]) -> Tensor:
-        logits = compute_logits(model, residuals[-1], vocabulary)
+        logits = compute_logits(model, residuals[-1])
         logit_diff = logits[..., yes] - logits[..., no]
         return torch.stack([logit_diff, (logits.argmax(-1) == yes).to(logit_diff)], dim=-1)
 
@@ -132,14 +132,14 @@ def score_texts(
 
     Inside :func:`dctlib.steer` or :func:`dctlib.ablate` that is the steered or ablated model.
     """
-    words = _words(tokenizer, positive, negative)
-    run: Any = model
+    words = torch.tensor(_words(tokenizer, positive, negative), device=model.device)
+    decoder: Any = unwrap(model).base_model
     scores = []
     with torch.no_grad(), eager_attention(model):
         for tree in pack_prompts(model, tokenize_each(tokenizer, texts)):
             last = torch.stack([path[-1] for path in tree.paths])
-            output = run(**tree.arguments(model), use_cache=False, logits_to_keep=last)
-            logits = output.logits[0][:, words].float()
+            hidden = decoder(**tree.arguments(model), use_cache=False).last_hidden_state[0, last]
+            logits = output_logits(model, hidden, words)
             scores.append(logits[:, 0] - logits[:, 1])
     return check_finite(torch.cat(scores).cpu())
 

@@ -3,7 +3,7 @@ import torch
 from tiny import BLOCKS, FAMILIES, assert_near, hooked_residual, tiny_model, unit_rows
 
 from dctlib import CausalMap, ablate, steer
-from dctlib.models.blocks import get_blocks, get_final_norm
+from dctlib.models.blocks import get_blocks
 from dctlib.steering.hooks import ablated_copy
 
 D = 32
@@ -47,7 +47,9 @@ def test_it_changes_exactly_the_fitted_residual(family, tokenizer):
 def test_the_number_of_blocks_is_the_last_block_s_output(family, tokens):
     """A control vector's direction of the last block is added there, in front of the final norm."""
     model, vector = tiny_model(family), 3 * unit_rows(1, D)[0]
-    handle = get_final_norm(model).register_forward_pre_hook(lambda _norm, args: (args[0] + vector,))
+    norms = {"GPT2": "ln_f", "GPTNeoX": "final_layer_norm"}
+    norm = model.base_model.get_submodule(norms.get(family, "norm"))
+    handle = norm.register_forward_pre_hook(lambda _norm, args: (args[0] + vector,))
     expected = model(tokens).logits
     handle.remove()
     with steer(model, layer=BLOCKS, vector=vector):
