@@ -109,14 +109,3 @@ def tolerance(dtype: torch.dtype) -> float:
     transformers rounds softmax and norms to float32 in a model of any type.
     """
     return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 0.05)
-
-
-# Families tested for it: tokens meet in attention alone, under any mask and positions.
-_PACKED_FAMILIES = ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
-
-
-def supports_packing(model: PreTrainedModel, tokens: int) -> bool:
-    """Return whether prompts of at most `tokens` tokens may run as one tree (:mod:`dctlib.models.packing`)."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return config.model_type in _PACKED_FAMILIES and (window is None or tokens <= window)

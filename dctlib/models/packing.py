@@ -1,16 +1,27 @@
 """Prompts packed into one sequence in which every shared beginning is computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dctlib.models.blocks import supports_packing
+from dctlib.models.blocks import eager_attention, unwrap
+from dctlib.models.trace import once_per_model
 
 _LEAST_SHARED = 0.25  # of a prompt's tokens, for it to join a tree
+
+# Settings that bound how far a token sees, or change its rotary embedding beyond a length.
+_REACHES = ("window", "window_size", "chunk_size", "local_attention", "original_max_position_embeddings")
+
+_Trie = dict[
+    tuple[int, int], int
+]  # a beginning's number, by that of the beginning one token shorter and its last token
+
+_ROOT = -1  # the empty beginning
 
 
 @dataclass(frozen=True)
@@ -23,38 +34,41 @@ class PromptTree:
         One token for each distinct beginning of a prompt, its last.
     position_ids : Tensor, (1, T)
         The position of each token in its own prompt.
-    attention_mask : Tensor, (T, T)
-        Whether the row's token attends to the column's.
     paths : list of Tensor, (t,)
         For every prompt, the indices of its tokens, first to last.
     """
 
     tokens: Int[Tensor, "1 T"]
     position_ids: Int[Tensor, "1 T"]
-    attention_mask: Bool[Tensor, "T T"]
     paths: list[Int[Tensor, " t"]]
 
     @classmethod
     def from_prompts(cls, prompts: Sequence[Sequence[int]]) -> "PromptTree":
         """Return the tree of some prompts' token ids."""
-        nodes: dict[tuple[int, ...], int] = {}
-        paths = []
-        for prompt in prompts:
-            beginnings = [tuple(prompt[: end + 1]) for end in range(len(prompt))]
-            paths.append(torch.tensor([nodes.setdefault(beginning, len(nodes)) for beginning in beginnings]))
-        mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+        trie: _Trie = {}
+        paths = [torch.tensor(_add(trie, prompt)) for prompt in prompts]
+        position_ids = torch.empty(1, len(trie), dtype=torch.long)
         for path in paths:
+            position_ids[0, path] = torch.arange(len(path))
+        return cls(torch.tensor([[token for _, token in trie]]), position_ids, paths)
+
+    @property
+    def attention_mask(self) -> Bool[Tensor, "T T"]:
+        """Whether the row's token attends to the column's; made anew each time, because it takes T² bytes."""
+        size = self.tokens.shape[1]
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        for path in self.paths:
             mask[path[:, None], path] |= torch.ones(len(path), len(path), dtype=torch.bool).tril()
-        tokens = torch.tensor([[beginning[-1] for beginning in nodes]])
-        return cls(tokens, mask.sum(1)[None] - 1, mask, paths)
+        return mask
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the keyword arguments to call `model` with; eager attention adds the mask to its logits."""
         tokens = {"input_ids": self.tokens.to(model.device)}
         if len(self.paths) == 1:
             return tokens
-        mask = torch.zeros(self.attention_mask.shape, dtype=model.dtype)
-        mask = mask.masked_fill(~self.attention_mask, torch.finfo(model.dtype).min).to(model.device)[None, None]
+        seen = self.attention_mask
+        mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
+        mask = mask.to(model.device)[None, None]
         return {**tokens, "position_ids": self.position_ids.to(model.device), "attention_mask": mask}
 
 
@@ -64,20 +78,102 @@ def pack_prompts(
     """Pack prompts, in order, into trees on which `model` gives what it gives on each prompt alone.
 
     A prompt joins the tree before it if a quarter of its tokens are there already and the tree stays within
-    `most_tokens`, because attention costs the square of a tree's size. Prompts stay alone in families that are not
-    tested for it, and where attention has a window shorter than the longest prompt.
+    `most_tokens`, because attention costs the square of a tree's size. A tree also stays within every window of the
+    model's attention. Prompts stay alone in a model that fails :func:`supports_packing`.
     """
     groups: list[list[list[int]]] = []
-    seen: set[tuple[int, ...]] = set()
-    can_share = supports_packing(model, max(row.shape[1] for row in rows))
+    trie: _Trie = {}
+    most_tokens = min([most_tokens, *_reaches(unwrap(model).config.get_text_config().to_dict())])
     for row in rows:
         prompt = row[0].tolist()
-        beginnings = {tuple(prompt[: end + 1]) for end in range(len(prompt))}
-        shared = len(beginnings & seen) >= _LEAST_SHARED * len(prompt)
-        if can_share and shared and len(beginnings | seen) <= most_tokens:
+        shared = _shared_length(trie, prompt)
+        fits = trie and len(trie) + len(prompt) - shared <= most_tokens
+        if fits and shared >= _LEAST_SHARED * len(prompt) and supports_packing(model):
             groups[-1].append(prompt)
-            seen |= beginnings
         else:
             groups.append([prompt])
-            seen = beginnings
+            trie = {}
+        _add(trie, prompt)
     return [PromptTree.from_prompts(group) for group in groups]
+
+
+def _add(trie: _Trie, prompt: Sequence[int]) -> list[int]:
+    """Put the beginnings of a prompt into `trie`, and return their numbers, shortest first."""
+    path, node = [], _ROOT
+    for token in prompt:
+        node = trie.setdefault((node, token), len(trie))
+        path.append(node)
+    return path
+
+
+def _shared_length(trie: _Trie, prompt: Sequence[int]) -> int:
+    """Return the number of beginnings of a prompt that are in `trie`."""
+    node: int | None = _ROOT
+    for length, token in enumerate(prompt):
+        if (node := trie.get((node, token))) is None:
+            return length
+    return len(prompt)
+
+
+@once_per_model
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Return whether `model` gives the same logits on a tree of two short prompts as on each alone.
+
+    It does where tokens meet in attention only, under any mask and any positions.
+    """
+    try:
+        with torch.no_grad(), eager_attention(model):
+            return _tree_equals_prompts(model)
+    except Exception:  # whatever a family raises under a mask of its own
+        return False
+
+
+def _tree_equals_prompts(model: PreTrainedModel) -> bool:
+    """Return whether errors are small beside what exchanging one token changes at the next.
+
+    Half precision rounds the same prompt differently in a tree. So what one branch of a tree changes in the other,
+    which nothing rounds, has a bound of its own.
+    """
+    start, first, second, last, tail, others = _ordinary_tokens(model, 4, 1, 1, 1, 8, 10)
+    prompts = [start + first + last + tail, start + second + last]
+    tree, changed = PromptTree.from_prompts(prompts), PromptTree.from_prompts([start + others, prompts[1]])
+    alone = [_logits(model, PromptTree.from_prompts([prompt])) for prompt in prompts]
+    found, elsewhere = _logits(model, tree), _logits(model, changed)
+    place = len(prompts[1]) - 1  # of `last`
+    scale = (alone[0][place] - alone[1][place]).norm()
+    errors = [(found[path] - expected).norm(dim=-1).max() for path, expected in zip(tree.paths, alone, strict=True)]
+    leak = (found - elsewhere)[tree.paths[1]].norm(dim=-1).max()
+    precise = torch.finfo(model.dtype).bits >= 32
+    return bool(max(errors) < (1e-3 if precise else 0.1) * scale and leak < (1e-3 if precise else 0.02) * scale)
+
+
+def _logits(model: Any, tree: PromptTree) -> Tensor:
+    logits = model(**tree.arguments(model), use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _ordinary_tokens(model: PreTrainedModel, *counts: int) -> Iterator[list[int]]:
+    """Yield lists of distinct token ids that the configuration gives no special meaning."""
+    special = {value for name, value in _settings(model.config.to_dict()) if "token" in name}
+    size = model.config.get_text_config().vocab_size
+    spread = [token for token in range(0, size, max(1, size // (3 * sum(counts)))) if token not in special]
+    for count in counts:
+        yield [spread.pop() for _ in range(count)]
+
+
+def _reaches(config: dict[str, Any]) -> list[int]:
+    """Return how many tokens a tree may have by each setting that bounds it."""
+    reaches = [value for name, value in _settings(config) if name.endswith(_REACHES) and value > 1]
+    if any(value == "dynamic" for _, value in _settings(config.get("rope_parameters") or {}, str)):
+        reaches.append(config["max_position_embeddings"])
+    return reaches
+
+
+def _settings(config: dict[str, Any], kind: type = int) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of one type in a configuration and those nested in it."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _settings(value, kind)
+        for one in value if isinstance(value, list) else [value]:
+            if type(one) is kind:
+                yield name, one
