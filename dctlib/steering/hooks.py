@@ -1,105 +1,157 @@
 """Steering and ablation: forward hooks that change the residual stream, and are removed at the end of a context."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import has_offloaded_params
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dctlib.models.blocks import check_layer, get_blocks, residual_width
+from dctlib.models.blocks import check_layer, get_blocks, output_residual, residual_width, split_residual, unwrap
 from dctlib.models.writers import residual_writers
+from dctlib.steering.passes import decoders, devices_of, watch_passes
 
 
 @contextmanager
-def steer(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, "*batch d"]) -> Iterator[None]:
-    """Add `vector` to h_layer, the input of block `layer`, at every position, inside the context.
+def steer(
+    model: nn.Module,
+    *,
+    layer: int,
+    vector: Float[Tensor, "*batch d"],
+    positions: str | Bool[Tensor, "*batch tokens"] = "all",
+) -> Iterator[None]:
+    """Add `vector` to h_layer, the input of block `layer`, inside the context.
 
-    Prompt and generated tokens are steered alike, with and without a cache. The hook is removed at the end, also after
-    an exception. Contexts nest: their vectors add.
+    Prompt and generated tokens are steered alike, with and without a cache, unless `positions` says otherwise. The
+    hook is removed at the end, also after an exception. Contexts nest: their vectors add. Compiled parts of the model
+    run uncompiled inside.
 
     Parameters
     ----------
-    model : PreTrainedModel
-        Any model that :func:`dctlib.models.blocks.get_blocks` knows.
+    model : nn.Module
+        Any model that :func:`dctlib.models.blocks.get_blocks` knows, also inside PEFT, torch.compile or DataParallel.
     layer : int
         The layer at which the vector was fitted (the transcoder's ``source``). The number of blocks stands for the
         last block's output, before the final norm, which control vectors of other tools steer too.
-    vector : Tensor, (d,) or (batch, d)
-        One vector for all rows of the batch, or one for each. Its length is the strength: pass ``R * v``.
+    vector : Tensor, array or list, (d,) or (batch, d)
+        One vector for all rows of the batch, or one for each. Its length is the strength: pass ``R * v``. Where
+        ``generate`` repeats prompts, for beams or several answers, it takes one for each prompt.
+    positions : {"all", "prompt", "generated"} or bool Tensor, (tokens,) or (batch, tokens)
+        Which tokens are steered. The prompt is what ``generate`` is given, or a whole pass outside it. A mask covers
+        the prompt, padding included, and leaves generated tokens alone.
 
     Raises
     ------
     ValueError
-        If the layer or the shape does not fit the model, the vector is not finite, or the batch has another number
-        of rows than the vector.
+        If the layer or the shape does not fit the model, the vector is not finite in the model's dtype, or the batch
+        has another number of rows than the vector. Inside the context: if a pass of the model does not call the
+        hook, or it cannot be told which of its tokens belong to the prompt.
     """
-    blocks = get_blocks(model)
+    plain, blocks = unwrap(model), get_blocks(model)
     behind_last = layer == len(blocks)
     if not behind_last:
         check_layer(model, layer)
-    d = residual_width(model)
-    if vector.ndim not in (1, 2) or vector.shape[-1] != d:
-        raise ValueError(f"got a vector of shape {tuple(vector.shape)}, expected ({d},) or (batch, {d})")
-    if not vector.isfinite().all():
-        raise ValueError("the steering vector is not finite")
+    vector = _rows(vector, residual_width(plain), name="vector")
+    if not isinstance(positions, str):
+        positions = _mask(positions)
+    elif positions not in ("all", "prompt", "generated"):
+        raise ValueError(f"got positions={positions!r}, expected 'all', 'prompt', 'generated' or a boolean mask")
+    follow = len(vector) > 1 or not isinstance(positions, str) or positions != "all"
+    if follow and (devices := devices_of(model)) > 1:
+        raise ValueError(
+            f"DataParallel splits each batch over {devices} devices, so rows and positions are lost; steer the model "
+            f"that it wraps, or one vector at all positions"
+        )
+    _cast(vector, plain.dtype)  # refused before any pass
 
     def add(hidden: Tensor) -> Tensor:
-        if vector.ndim == 2 and len(vector) not in (1, len(hidden)):
-            raise ValueError(f"got {len(vector)} vectors for a batch of {len(hidden)} rows, expected one vector a row")
-        added = vector.to(hidden.device, hidden.dtype)
-        return hidden + (added if added.ndim == 1 else added[:, None])
+        if hidden.ndim != 3 or hidden.shape[2] != vector.shape[1]:
+            expected = f"(batch, tokens, {vector.shape[1]})"
+            raise ValueError(f"the residual at layer {layer} has shape {tuple(hidden.shape)}, expected {expected}")
+        cast = vector.to(hidden.dtype) if hidden.dtype == plain.dtype else _cast(vector, hidden.dtype)
+        rows = passes.match_rows(cast.to(hidden.device), len(hidden), name="vectors")
+        steered = hidden + rows[:, None]
+        if hidden.dtype == torch.float16 and (hidden.isfinite() & ~steered.isfinite()).any():
+            raise ValueError("the steered residual is beyond float16's range; load the model in bfloat16 or float32")
+        if isinstance(positions, str) and positions == "all":
+            return steered
+        return torch.where(passes.select(positions, hidden)[..., None], steered, hidden)
 
     def before_block(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (add(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"])}
+        hidden, args, kwargs = split_residual(args, kwargs)
+        return (add(hidden), *args), kwargs
 
     def after_block(_block: nn.Module, _args: tuple, output: Any) -> Any:
-        return (add(output[0]), *output[1:]) if isinstance(output, tuple) else add(output)
+        moved = add(output_residual(output))
+        return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
-    if behind_last:
-        hook = blocks[-1].register_forward_hook(after_block)
-    else:
-        hook = blocks[layer].register_forward_pre_hook(before_block, with_kwargs=True)
-    with hook:
-        yield
+    block = blocks[-1] if behind_last else blocks[layer]
+    with watch_passes(model, [block], follow=follow) as passes:
+        if behind_last:
+            hook = block.register_forward_hook(after_block)
+        else:
+            hook = block.register_forward_pre_hook(before_block, with_kwargs=True)
+        with hook:
+            yield
 
 
 @contextmanager
-def ablate(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> Iterator[None]:
+def ablate(model: nn.Module, directions: Float[Tensor, "*k d"]) -> Iterator[None]:
     """Remove the span of `directions` from everything that writes to the residual stream, inside the context.
 
     The outputs of the embedding and of every attention and MLP layer are projected on the orthogonal complement, at
-    every position. So the residual has no component in the span, unless :func:`steer` adds one. No weight is edited,
-    and the hooks are removed at the end, also after an exception. Contexts nest.
+    every position, and so are embeddings that the model is given. So the residual has no component in the span,
+    unless :func:`steer` adds one. No weight is edited, and the hooks are removed at the end, also after an exception.
+    Contexts nest. Compiled parts of the model run uncompiled inside.
 
     Parameters
     ----------
-    model : PreTrainedModel
-        Any model that :func:`dctlib.models.blocks.residual_writers` knows.
-    directions : Tensor, (d,) or (k, d)
+    model : nn.Module
+        Any model that :func:`dctlib.models.blocks.residual_writers` knows, also inside PEFT, torch.compile or
+        DataParallel.
+    directions : Tensor, array or list, (d,) or (k, d)
         One direction or several; their lengths do not matter.
 
     Raises
     ------
     ValueError
-        If the shape does not fit the model, or a direction is zero or not finite.
+        If the shape does not fit the model, or a direction is zero or not finite. Inside the context: if a pass of
+        the model does not call a hook.
     """
-    basis = _span(model, directions)
+    plain = unwrap(model)
+    blocks = get_blocks(model)
+    basis = _span(plain, directions)
 
     def project(_module: nn.Module, _args: tuple, output: Any) -> Any:
         if isinstance(output, tuple):
             return (_without(output[0], basis), *output[1:])
         return _without(output, basis)
 
+    stack = decoders(model)[-1]
+    parameters = [*inspect.signature(stack.forward).parameters]
+    place = parameters.index("inputs_embeds") if "inputs_embeds" in parameters else len(parameters)
+
+    def project_given(_stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if kwargs.get("inputs_embeds") is not None:
+            kwargs = {**kwargs, "inputs_embeds": _without(kwargs["inputs_embeds"], basis)}
+        elif len(args) > place and args[place] is not None:
+            args = (*args[:place], _without(args[place], basis), *args[place + 1 :])
+        return args, kwargs
+
+    writers = residual_writers(plain).modules
+    inside = {part for block in blocks for part in block.modules()}
     with ExitStack() as hooks:
-        for module in residual_writers(model).modules:
+        for module in writers:
             hooks.enter_context(module.register_forward_hook(project))
+        if plain.get_input_embeddings() in writers:
+            hooks.enter_context(stack.register_forward_pre_hook(project_given, with_kwargs=True))
+        hooks.enter_context(watch_passes(model, [module for module in writers if module in inside]))
         yield
 
 
@@ -139,16 +191,51 @@ def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> P
     return copied
 
 
-def _span(model: PreTrainedModel, directions: Tensor) -> Tensor:
-    """Return orthonormal rows that span `directions`, (k, d), in float32 or wider."""
-    d = residual_width(model)
-    if directions.ndim not in (1, 2) or directions.shape[-1] != d or not directions.numel():
-        raise ValueError(f"got directions of shape {tuple(directions.shape)}, expected ({d},) or (k, {d})")
-    rows = directions.reshape(-1, d).to(model.device, torch.promote_types(model.dtype, torch.float32))
-    lengths = rows.norm(dim=1, keepdim=True)
-    if not (lengths > 0).all() or not rows.isfinite().all():
+def _rows(values: Any, d: int, *, name: str) -> Float[Tensor, "k d"]:
+    """Return a tensor, array or list of shape (d,) or (k, d) as finite rows, or raise ValueError."""
+    try:
+        if isinstance(values, (list, tuple)) and any(isinstance(each, Tensor) for each in values):
+            values = torch.stack([torch.as_tensor(each) for each in values])
+        rows = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"got a {name} that is no array of numbers ({error}), expected ({d},) or (k, {d})") from error
+    if rows.ndim not in (1, 2) or rows.shape[-1] != d or not rows.numel():
+        raise ValueError(f"got a {name} of shape {tuple(rows.shape)}, expected ({d},) or (k, {d})")
+    if rows.is_complex() or rows.dtype == torch.bool:
+        raise ValueError(f"got a {name} of {rows.dtype}, expected real numbers")
+    if not rows.isfinite().all():
+        raise ValueError(f"the {name} is not finite")
+    return rows.reshape(-1, d)
+
+
+def _mask(positions: Any) -> Bool[Tensor, "k tokens"]:
+    mask = torch.as_tensor(positions)
+    if mask.dtype != torch.bool or mask.ndim not in (1, 2):
+        raise ValueError(
+            f"got positions of {mask.dtype} and shape {tuple(mask.shape)}, expected a boolean mask, (tokens,) or "
+            f"(batch, tokens); try mask.bool()"
+        )
+    return mask.reshape(-1, mask.shape[-1])
+
+
+def _cast(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = vector.to(dtype)
+    if not cast.isfinite().all():
+        raise ValueError(
+            f"the steering vector's largest entry, {vector.abs().max():.3g}, is beyond the range of {dtype}; load the "
+            f"model in bfloat16 or float32, or pass a shorter vector"
+        )
+    return cast
+
+
+def _span(model: PreTrainedModel, directions: Any) -> Float[Tensor, "k d"]:
+    """Return orthonormal rows that span `directions`, in float32 or wider."""
+    rows = _rows(directions, residual_width(model), name="direction")
+    rows = rows.to(model.device, torch.promote_types(model.dtype, torch.float32)).detach()
+    rows = rows / rows.abs().amax(dim=1, keepdim=True)
+    if not rows.isfinite().all():
         raise ValueError("a direction to ablate is zero or not finite")
-    _, values, right = torch.linalg.svd(rows / lengths, full_matrices=False)
+    _, values, right = torch.linalg.svd(torch.nn.functional.normalize(rows), full_matrices=False)
     return right[values > len(rows) * torch.finfo(rows.dtype).eps * values[0]]
 
 
