@@ -118,6 +118,23 @@ def discover(
 
 
 @app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="As for load_model: a pinned name, a folder, a GGUF file, a Hub id.")],
+    dtype: Annotated[str | None, typer.Option(help="As for load_model.")] = None,
+) -> None:
+    """Say what works on a model, each verified against the model itself on a few tokens."""
+    from dctlib.discovery.check import check_model
+    from dctlib.models.loading import load_model, silence_transformers
+
+    silence_transformers()
+    found = check_model(*load_model(model, dtype=dtype))
+    for row in found.itertuples():
+        print(f"{row.capability:27}{'works' if row.works else 'refused':9}{row.detail}")
+    if not found["works"].all():
+        print("docs/families.md says what each refusal means, and how to add a layout")
+
+
+@app.command()
 def study(
     profile: Annotated[str, typer.Option(help="A file in params/, without .yaml.")] = "study",
     stage: Annotated[str | None, typer.Option(help="The only stage to work on.")] = None,

@@ -10,6 +10,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 WIDTH, LAYERS = 32, 4
 
+FAMILIES = """
+    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba bart beam bert big_bird biogpt bitnet blenderbot bloom
+    codegen cohere cohere2 cohere2_moe ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 electra ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma gemma2 gemma3_text
+    gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss
+    gptj granite granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hy_v4 hyperclovax jais2 jamba jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text mamba mamba2 minicpm3
+    minimax minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron nemotron_h olmo
+    olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe prophetnet qwen2 qwen2_moe qwen3 qwen3_5_text
+    qwen3_moe qwen3_next recurrent_gemma roberta rwkv seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma
+    xlnet xlstm youtu zamba2
+""".split()  # noqa: SIM905
+"""Keys of transformers' CONFIG_MAPPING whose small configuration is a model of text."""
+
 # What families call the same thing; a configuration takes the names that it has.
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "lru_width")
 _INNER = ("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "ffn_hidden_size", "shared_intermediate_size")
@@ -52,11 +66,13 @@ _SMALL: dict[str, Any] = {
 
 # What some families need besides, and a smooth activation where theirs has kinks, at which nothing has derivatives.
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_LATENT_ATTENTION = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
 _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    **{family: {"head_dim": 4, "num_key_value_heads": 4} for family in _LATENT_ATTENTION},
     "gemma3n_text": {"num_kv_shared_layers": 2, **_ALTERNATING, "activation_sparsity_pattern": [0.0] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
@@ -65,6 +81,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2,
         "mamba_headdim": 16,
+        "n_mamba_heads": 4,
         "mamba_ngroups": 1,
         "num_mem_blocks": 1,
         "adapter_rank": 8,

@@ -39,6 +39,18 @@ class AutogradMap(DifferentiableMap):
         return nullcontext()
 
     def _product(self, name: Product, **rows: Tensor) -> Tensor:
+        try:
+            return self._compute(name, **rows)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            if name == "value":
+                raise
+            raise ValueError(
+                f"this map cannot be differentiated ({error}); are the model's weights quantised? Load it in bfloat16"
+            ) from error
+
+    def _compute(self, name: Product, **rows: Tensor) -> Tensor:
         with self._context():
             match name:
                 case "value":
@@ -51,12 +63,11 @@ class AutogradMap(DifferentiableMap):
                     # The backward pass of compiled blocks takes no batch of cotangents.
                     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                         return self._chunked(self._vjp_at_zero, **rows)
-                case "jvp":
-                    return self._forward_mode(_jvp, **rows)
-                case "second_derivative":
-                    return self._forward_mode(_jvp_of_jvp, **rows)
-                case "second_derivative_vjp":
-                    return self._forward_mode(_vjp_of_jvp, **rows)
+                case _:
+                    # Compiled blocks have no forward mode.
+                    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Unfused():
+                        derivative = self._derivative(name)
+                        return self._chunked(lambda *rows: _sum(derivative(f, *rows) for f in self._terms()), **rows)
 
     def _value(self, theta: Tensor) -> Tensor:
         return _sum(term(theta) for term in self._terms()) - self._clean()
@@ -93,67 +104,49 @@ class AutogradMap(DifferentiableMap):
             return False
         return True
 
-    def _forward_mode(self, derivative: Callable[..., Tensor], **rows: Tensor) -> Tensor:
-        def total(*rows: Tensor) -> Tensor:
-            return _sum(derivative(term, *rows) for term in self._terms())
+    def _derivative(self, name: Product) -> Callable[..., Tensor]:
+        """Return the function that computes a product: in forward mode where it is right, else by reverse mode alone.
 
-        # Compiled blocks have no forward mode.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Unfused():
-            self._verify_forward_mode(1 if derivative is _jvp else 2)
-            return self._chunked(total, **rows)
+        torch has functions that forward mode refuses, and some whose second derivatives it gets wrong without an
+        error. So the two are compared once, on random vectors.
 
-    def _verify_forward_mode(self, order: int) -> None:
-        """Check, once, that derivatives of this order by forward mode are those by reverse mode, on random vectors.
-
-        torch has fused functions that forward mode refuses, and some whose second derivatives it gets wrong without an
-        error. Reverse mode, twice for the second order, is the reference.
+        Raises
+        ------
+        ValueError
+            If neither mode can be used.
         """
-        if order in self._verified_orders:
-            return
-        term = next(iter(self._terms()))
+        if name in self._derivatives:
+            return self._derivatives[name]
+        forward, reverse = _DERIVATIVES[name]
+        widths = [self.d_target if name == "second_derivative_vjp" else self.d_source, self.d_source]
         generator = torch.Generator().manual_seed(0)
-        v, w = torch.randn(2, 3, self.d_source, generator=generator, dtype=self.dtype).to(self.device)
-        u = torch.randn(3, self.d_target, generator=generator, dtype=self.dtype).to(self.device)
+        rows = [torch.randn(2, d, generator=generator, dtype=self.dtype).to(self.device) for d in widths]
+        term = next(iter(self._terms()))
         try:
-            if order == 1:
-                forward = [(u * _jvp(term, torch.zeros_like(v), v)).sum(1)]
-                reverse = [(_vjp(term, torch.zeros_like(v), u) * v).sum(1)]
-            else:
-                forward = [_vjp_of_jvp(term, u, v), (u * _jvp_of_jvp(term, v, w)).sum(1)]
-                second = _vjp_of_vjp(term, u, v)
-                reverse = [second, (second * w).sum(1)]
+            expected = reverse(term, *rows)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"this map has no derivatives of order {order} in forward mode ({error}); exponential and linear fits "
-                f"do without them"
+                f"this map's {name} cannot be computed, because its functions cannot be differentiated twice ({error})"
             ) from error
-        for found, expected in zip(forward, reverse, strict=True):
-            distance = (found - expected).norm().item()
-            if not distance <= 10 * tolerance(self._precision) * expected.norm().item() + 1e-9:
-                raise ValueError(
-                    f"derivatives of order {order} of this map in forward mode differ from reverse mode by "
-                    f"{distance / expected.norm().item():.1%} under torch {torch.__version__}; exponential and linear "
-                    f"fits do without them"
-                )
-        self._verified_orders.add(order)
+        try:
+            wrong = (forward(term, *rows) - expected).norm() > 10 * tolerance(self._precision) * expected.norm() + 1e-9
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError):
+            wrong = True
+        self._derivatives[name] = reverse if wrong else forward
+        return self._derivatives[name]
 
     @cached_property
-    def _verified_orders(self) -> set[int]:
-        return set()
+    def _derivatives(self) -> dict[Product, Callable[..., Tensor]]:
+        return {}
 
     @property
     def _precision(self) -> torch.dtype:
         """The type in which terms compute, which may be narrower than that of the results."""
         return self.dtype
-
-
-def _vjp(term: Term, theta: Tensor, u: Tensor) -> Tensor:
-    """J(θ)ᵀ u."""
-    with torch.enable_grad():
-        theta = theta.detach().requires_grad_()
-        return torch.autograd.grad(term(theta), theta, u)[0]
 
 
 def _jvp(term: Term, theta: Tensor, tangent: Tensor) -> Tensor:
@@ -174,14 +167,37 @@ def _vjp_of_jvp(term: Term, u: Tensor, v: Tensor) -> Tensor:
     return pull_back(u)[0]
 
 
-def _vjp_of_vjp(term: Term, u: Tensor, v: Tensor) -> Tensor:
-    """T2(u, v, ·) by reverse mode twice: slower than forward mode, and without its faults."""
+def _jvp_by_vjps(term: Term, theta: Tensor, v: Tensor) -> Tensor:
+    """J(θ) v by reverse mode alone: the gradient in u of ⟨J(θ)ᵀ u, v⟩, which is linear in u."""
     with torch.enable_grad():
-        theta = torch.zeros_like(v, requires_grad=True)
-        first = torch.autograd.grad(term(theta), theta, u, create_graph=True)[0]
-        if not first.requires_grad:  # the map is linear
-            return torch.zeros_like(v)
-        second = torch.autograd.grad(first, theta, v, allow_unused=True)[0]
+        theta = theta.detach().requires_grad_()
+        value = term(theta)
+        u = torch.zeros_like(value, requires_grad=True)
+        pulled_back = torch.autograd.grad(value, theta, u, create_graph=True)[0]
+        return torch.autograd.grad(pulled_back, u, v)[0]
+
+
+def _vjp_of_vjp(term: Term, u: Tensor, v: Tensor) -> Tensor:
+    """T2(u, v, ·) by reverse mode alone."""
+    with torch.enable_grad():
+        return _pull_back_twice(term, u, v).detach()
+
+
+def _jvp_of_jvp_by_vjps(term: Term, v: Tensor, w: Tensor) -> Tensor:
+    """T2(·, v, w) by reverse mode alone: the gradient in u of ⟨T2(u, v, ·), w⟩, which is linear in u."""
+    with torch.enable_grad():
+        with torch.no_grad():
+            u = torch.zeros_like(term(v))
+        second = _pull_back_twice(term, u.requires_grad_(), v)
+        return torch.autograd.grad(second, u, w)[0] if second.requires_grad else torch.zeros_like(u)
+
+
+def _pull_back_twice(term: Term, u: Tensor, v: Tensor) -> Tensor:
+    theta = torch.zeros_like(v, requires_grad=True)
+    first = torch.autograd.grad(term(theta), theta, u, create_graph=True)[0]
+    if not first.requires_grad:  # the map is linear
+        return torch.zeros_like(v)
+    second = torch.autograd.grad(first, theta, v, create_graph=True, allow_unused=True)[0]
     return torch.zeros_like(v) if second is None else second
 
 
@@ -191,6 +207,14 @@ def _directional(function: Term, theta: Tensor, tangent: Tensor) -> Tensor:
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
+
+
+_DERIVATIVES: dict[Product, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "jvp": (_jvp, _jvp_by_vjps),
+    "second_derivative": (_jvp_of_jvp, _jvp_of_jvp_by_vjps),
+    "second_derivative_vjp": (_vjp_of_jvp, _vjp_of_vjp),
+}
+"""Each product in forward mode, and by reverse mode alone."""
 
 
 class _Unfused(TorchFunctionMode):

@@ -15,6 +15,7 @@ from dctlib.models.blocks import (
     eager_attention,
     get_blocks,
     output_residual,
+    residual_width,
     split_residual,
     tolerance,
     unwrap,
@@ -107,6 +108,9 @@ def verify_replay(model: PreTrainedModel, source: int, target: int) -> bool:
     with torch.no_grad(), eager_attention(model):
         try:
             single = _capture(model, PromptTree.from_prompts(tokens.tolist()), source, target, takes_batches=False)
+            stream = (*tokens.shape, residual_width(model))
+            if single.hidden.shape != stream:
+                raise ValueError(f"the residual stream has shape {tuple(single.hidden.shape)}, expected {stream}")
             scale = single.hidden.norm(dim=-1).median() / 2
             generator = torch.Generator().manual_seed(0)
             theta = torch.randn(3, single.hidden.shape[-1], generator=generator).to(single.hidden)

@@ -38,16 +38,19 @@ def get_blocks(model: nn.Module) -> nn.ModuleList:
         raise ValueError(f"got a {type(model).__name__}, expected a transformers language model, as from load_model")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder, expected a decoder-only language model")
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [
-        (path.count("."), part)
-        for path, part in model.get_decoder().named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == depth
-    ]
+    config = model.config.get_text_config()
+    depths = {getattr(config, name, None) for name in ("num_hidden_layers", "decoder_layers")}  # the latter: BART's kin
+
+    def lists_in(module: nn.Module) -> list[tuple[int, nn.ModuleList]]:
+        parts = [(path.count("."), part) for path, part in module.named_modules()]
+        return [(level, part) for level, part in parts if isinstance(part, nn.ModuleList) and len(part) in depths]
+
+    # A model of images and text has such a list in its vision encoder too; some models call their output head decoder.
+    lists = lists_in(model.get_decoder()) or lists_in(model)
     if not lists:
         raise ValueError(
-            f"{type(model).__name__} keeps no list of its {depth} blocks, so there is no layer to steer or to fit; "
-            "docs/models.md says which layouts are covered"
+            f"{type(model).__name__} keeps no list of its {config.num_hidden_layers} blocks, so there is no layer to "
+            "steer or to fit; docs/families.md says which layouts are covered"
         )
     return min(lists, key=lambda pair: pair[0])[1]
 

@@ -70,7 +70,8 @@ def replay_last_token(
                 prompts = capture(model, tree, source=layer, target=layer + len(blocks))
             reference = read(clean) if compare else torch.empty(0)
             rows = []
-            for batch in vectors.split(max(1, _TOKENS // tree.tokens.shape[1])):
+            rows_at_once = max(1, _TOKENS // tree.tokens.shape[1]) if prompts.takes_batches else 1
+            for batch in vectors.split(rows_at_once):
                 with _last_residuals(blocks, last) as steered:
                     replay(blocks, prompts, batch)
                 found = read(steered)

@@ -1,0 +1,118 @@
+"""What works on a model: every capability, verified against the model itself."""
+
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.maps.causal import CausalMap
+from dctlib.models.blocks import eager_attention, get_blocks, output_residual, residual_width, split_residual
+from dctlib.models.chat import format_chat
+from dctlib.models.logits import compute_logits
+from dctlib.models.trace import probe_tokens
+from dctlib.models.writers import residual_writers
+from dctlib.steering.hooks import ablate, steer
+
+
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """Return what works on `model`, with the words of the refusal where something does not.
+
+    Returns
+    -------
+    DataFrame
+        A row for each capability: ``capability``, ``works``, and ``detail``, which is a refusal or what was found.
+    """
+    checks: dict[str, Callable[[PreTrainedModel, PreTrainedTokenizerBase], str]] = {
+        "blocks": lambda model, _: f"{len(get_blocks(model))} blocks, d = {residual_width(model)}",
+        "chat template": _check_template,
+        "steer": _check_steer,
+        "replay": lambda model, tokenizer: f"layers {_map(model, tokenizer).source} → {_map(model, tokenizer).target}",
+        "derivatives": _check_derivatives,
+        "logits": _check_logits,
+        "ablate": _check_ablate,
+        "export of an ablated copy": _check_export,
+    }
+    rows = []
+    for capability, check in checks.items():
+        try:
+            rows.append((capability, True, check(model, tokenizer)))
+        except ValueError as refusal:
+            rows.append((capability, False, str(refusal)))
+    return pd.DataFrame(rows, columns=["capability", "works", "detail"])
+
+
+def _check_template(_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    return repr(format_chat(tokenizer, ["Hello"])[0])
+
+
+def _map(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CausalMap:
+    blocks = len(get_blocks(model))
+    text = tokenizer.decode(probe_tokens(model)[0].tolist()) or "Hello there"
+    source = blocks // 3
+    return CausalMap.from_model(
+        model, tokenizer, [text], source=source, target=max(source + 1, 2 * blocks // 3), positions=1
+    )
+
+
+def _check_derivatives(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    cmap = _map(model, tokenizer)
+    rows = torch.randn(2, cmap.d_source, generator=torch.Generator().manual_seed(0), dtype=cmap.dtype)
+    for product in (cmap.vjp, cmap.jvp, cmap.second_derivative, cmap.second_derivative_vjp):
+        product(rows, rows)
+    return "first and second, forward mode equal to reverse mode"
+
+
+def _check_steer(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -> str:
+    layer, (clean, *_) = len(get_blocks(model)) // 3, _residuals(model)
+    vector = clean[0].norm(dim=-1).median() * torch.nn.functional.normalize(torch.ones_like(clean[0, 0]), dim=0)
+    before = _residuals(model)[layer]
+    with steer(model, layer=layer, vector=vector):
+        moved = _residuals(model)[layer]
+    if not (moved - before - vector).norm() <= 0.05 * (before + vector).norm():
+        raise ValueError("steer() does not change the residual stream by its vector")
+    return f"a vector arrives at layer {layer}, and is gone afterwards"
+
+
+def _check_logits(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -> str:
+    compute_logits(model, _residuals(model)[-1], torch.arange(2, device=model.device))
+    return "computed from the last block's output, equal to the model's own"
+
+
+def _check_ablate(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -> str:
+    hidden = _residuals(model)
+    direction = torch.nn.functional.normalize(hidden[1][0, -1].float(), dim=0)
+    with ablate(model, direction):
+        left = max(((each.float() @ direction).norm() / each.float().norm()).item() for each in _residuals(model))
+    if not left < 0.01:
+        raise ValueError(f"ablate() leaves {left:.1%} of a direction in the residual stream")
+    return f"{len(residual_writers(model).modules)} modules write to the residual stream, and none writes the direction"
+
+
+def _check_export(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -> str:
+    writers = residual_writers(model)
+    if writers.embeddings is None or writers.projections is None:
+        raise ValueError("norms or experts write to the residual stream, so no weight edit is an ablation")
+    return f"{len(writers.projections)} matrices and {len(writers.embeddings)} tables are edited"
+
+
+@torch.no_grad()
+def _residuals(model: PreTrainedModel) -> list[Tensor]:
+    """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens; what is added at a block's input is in its h."""
+    found: list[Tensor] = []
+    blocks = list(get_blocks(model))
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda _b, a, k: found.append(split_residual(a, k)[0].clone()), with_kwargs=True
+        )
+        for block in blocks
+    ]
+    hooks.append(blocks[-1].register_forward_hook(lambda _b, _a, output: found.append(output_residual(output).clone())))
+    try:
+        with eager_attention(model):
+            model(input_ids=probe_tokens(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
