@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate.utils import has_offloaded_params
 from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,8 +24,8 @@ def steer(
     model: nn.Module,
     *,
     layer: int,
-    vector: Float[Tensor, "*batch d"],
-    positions: str | Bool[Tensor, "*batch tokens"] = "all",
+    vector: Float[Tensor, "*batch d"] | ArrayLike,
+    positions: str | Bool[Tensor, "*batch tokens"] | ArrayLike = "all",
 ) -> Iterator[None]:
     """Add `vector` to h_layer, the input of block `layer`, inside the context.
 
@@ -57,31 +58,28 @@ def steer(
     behind_last = layer == len(blocks)
     if not behind_last:
         check_layer(model, layer)
-    vector = _rows(vector, residual_width(plain), name="vector")
-    if not isinstance(positions, str):
-        positions = _mask(positions)
-    elif positions not in ("all", "prompt", "generated"):
-        raise ValueError(f"got positions={positions!r}, expected 'all', 'prompt', 'generated' or a boolean mask")
-    follow = len(vector) > 1 or not isinstance(positions, str) or positions != "all"
+    vectors = _rows(vector, residual_width(plain), name="vector")
+    everywhere = isinstance(positions, str) and positions == "all"
+    chosen = _word_or_mask(positions)
+    follow = len(vectors) > 1 or not everywhere
     if follow and (devices := devices_of(model)) > 1:
         raise ValueError(
             f"DataParallel splits each batch over {devices} devices, so rows and positions are lost; steer the model "
             f"that it wraps, or one vector at all positions"
         )
-    _cast(vector, plain.dtype)  # refused before any pass
+    _cast(vectors, plain.dtype)  # refused before any pass
 
     def add(hidden: Tensor) -> Tensor:
-        if hidden.ndim != 3 or hidden.shape[2] != vector.shape[1]:
-            expected = f"(batch, tokens, {vector.shape[1]})"
+        if hidden.ndim != 3 or hidden.shape[2] != vectors.shape[1]:
+            expected = f"(batch, tokens, {vectors.shape[1]})"
             raise ValueError(f"the residual at layer {layer} has shape {tuple(hidden.shape)}, expected {expected}")
-        cast = vector.to(hidden.dtype) if hidden.dtype == plain.dtype else _cast(vector, hidden.dtype)
-        rows = passes.match_rows(cast.to(hidden.device), len(hidden), name="vectors")
-        steered = hidden + rows[:, None]
+        cast = vectors.to(hidden.dtype) if hidden.dtype == plain.dtype else _cast(vectors, hidden.dtype)
+        steered = hidden + passes.match_rows(cast.to(hidden.device), len(hidden), name="vectors")[:, None]
         if hidden.dtype == torch.float16 and (hidden.isfinite() & ~steered.isfinite()).any():
             raise ValueError("the steered residual is beyond float16's range; load the model in bfloat16 or float32")
-        if isinstance(positions, str) and positions == "all":
+        if everywhere:
             return steered
-        return torch.where(passes.select(positions, hidden)[..., None], steered, hidden)
+        return torch.where(passes.select(chosen, hidden)[..., None], steered, hidden)
 
     def before_block(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         hidden, args, kwargs = split_residual(args, kwargs)
@@ -102,7 +100,7 @@ def steer(
 
 
 @contextmanager
-def ablate(model: nn.Module, directions: Float[Tensor, "*k d"]) -> Iterator[None]:
+def ablate(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> Iterator[None]:
     """Remove the span of `directions` from everything that writes to the residual stream, inside the context.
 
     The outputs of the embedding and of every attention and MLP layer are projected on the orthogonal complement, at
@@ -155,7 +153,7 @@ def ablate(model: nn.Module, directions: Float[Tensor, "*k d"]) -> Iterator[None
         yield
 
 
-def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"]) -> PreTrainedModel:
+def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"] | ArrayLike) -> PreTrainedModel:
     """Return a copy of `model` whose edited weights write nothing into the span of `directions`, for export.
 
     It computes what the model does under :func:`ablate`. Tied embeddings are untied, because the input embedding is
@@ -196,33 +194,35 @@ def _rows(values: Any, d: int, *, name: str) -> Float[Tensor, "k d"]:
     try:
         if isinstance(values, (list, tuple)) and any(isinstance(each, Tensor) for each in values):
             values = torch.stack([torch.as_tensor(each) for each in values])
-        rows = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+        rows = values.to_dense() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"got a {name} that is no array of numbers ({error}), expected ({d},) or (k, {d})") from error
+        raise ValueError(f"got a {name} that is no array of numbers, {error}; expected ({d},) or (k, {d})") from error
     if rows.ndim not in (1, 2) or rows.shape[-1] != d or not rows.numel():
         raise ValueError(f"got a {name} of shape {tuple(rows.shape)}, expected ({d},) or (k, {d})")
-    if rows.is_complex() or rows.dtype == torch.bool:
-        raise ValueError(f"got a {name} of {rows.dtype}, expected real numbers")
+    if rows.is_complex() or rows.dtype == torch.bool or rows.is_meta:
+        raise ValueError(f"got a {name} of {rows.dtype} on {rows.device}, expected real numbers")
     if not rows.isfinite().all():
         raise ValueError(f"the {name} is not finite")
     return rows.reshape(-1, d)
 
 
-def _mask(positions: Any) -> Bool[Tensor, "k tokens"]:
-    mask = torch.as_tensor(positions)
-    if mask.dtype != torch.bool or mask.ndim not in (1, 2):
+def _word_or_mask(positions: Any) -> str | Bool[Tensor, "k tokens"]:
+    if isinstance(positions, str) and positions in ("all", "prompt", "generated"):
+        return positions
+    mask = positions if isinstance(positions, Tensor) else np.asarray(positions)
+    if str(mask.dtype).removeprefix("torch.") != "bool" or mask.ndim not in (1, 2):
         raise ValueError(
-            f"got positions of {mask.dtype} and shape {tuple(mask.shape)}, expected a boolean mask, (tokens,) or "
-            f"(batch, tokens); try mask.bool()"
+            f"got positions of type {mask.dtype} and shape {tuple(mask.shape)}, expected 'all', 'prompt', 'generated' "
+            f"or a boolean mask, (tokens,) or (batch, tokens)"
         )
-    return mask.reshape(-1, mask.shape[-1])
+    return torch.as_tensor(mask).reshape(-1, mask.shape[-1])
 
 
-def _cast(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = vector.to(dtype)
+def _cast(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = vectors.to(dtype)
     if not cast.isfinite().all():
         raise ValueError(
-            f"the steering vector's largest entry, {vector.abs().max():.3g}, is beyond the range of {dtype}; load the "
+            f"the steering vector's largest entry, {vectors.abs().max():.3g}, is beyond the range of {dtype}; load the "
             f"model in bfloat16 or float32, or pass a shorter vector"
         )
     return cast
@@ -231,8 +231,8 @@ def _cast(vector: Tensor, dtype: torch.dtype) -> Tensor:
 def _span(model: PreTrainedModel, directions: Any) -> Float[Tensor, "k d"]:
     """Return orthonormal rows that span `directions`, in float32 or wider."""
     rows = _rows(directions, residual_width(model), name="direction")
-    rows = rows.to(model.device, torch.promote_types(model.dtype, torch.float32)).detach()
-    rows = rows / rows.abs().amax(dim=1, keepdim=True)
+    rows = rows.detach() / rows.detach().abs().amax(dim=1, keepdim=True)  # in its own type, which holds its length
+    rows = rows.to(model.device, torch.promote_types(model.dtype, torch.float32))
     if not rows.isfinite().all():
         raise ValueError("a direction to ablate is zero or not finite")
     _, values, right = torch.linalg.svd(torch.nn.functional.normalize(rows), full_matrices=False)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from tiny import BLOCKS, FAMILIES, assert_near, hooked_residual, tiny_model, unit_rows
@@ -236,3 +237,104 @@ def test_no_copy_where_a_norm_follows_the_writer(family):
 def test_bad_directions_are_refused(directions, llama):
     with pytest.raises(ValueError, match="direction"), ablate(llama, directions):
         pass
+
+
+ONE = unit_rows(1, D)[0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ONE.numpy(),
+        ONE.tolist(),
+        [*ONE],
+        ONE.numpy()[None],
+        ONE.clone().requires_grad_(),
+        ONE.numpy()[::-1].copy()[::-1],
+        ONE.to_sparse(),
+    ],
+    ids=["array", "list", "list of tensors", "row", "requires_grad", "strided", "sparse"],
+)
+def test_vectors_and_directions_of_many_kinds(llama, tokens, given):
+    for change in (lambda values: steer(llama, layer=1, vector=values), lambda values: ablate(llama, values)):
+        with change(ONE):
+            expected = llama(tokens).logits
+        with torch.no_grad(), change(given):
+            assert torch.equal(llama(tokens).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "a vector",
+        object(),
+        None,
+        ["1", "x"],
+        [[1.0, 2.0], [3.0]],
+        [ONE, ONE[:5]],
+        ONE > 0,
+        ONE + 0j,
+        np.array(ONE + 0j),
+        torch.zeros(0, D),
+        {"a": 1},
+        ONE.to("meta"),
+    ],
+    ids=str,
+)
+def test_what_is_no_vector_is_named(llama, given):
+    for context in (steer(llama, layer=1, vector=given), ablate(llama, given)):
+        with pytest.raises(ValueError, match=r"got a \w+ .*expected"), context:
+            pass
+
+
+def test_whole_numbers_are_numbers(llama, tokens):
+    whole = torch.arange(D) % 3
+    with steer(llama, layer=1, vector=whole.double()):
+        expected = llama(tokens).logits
+    with steer(llama, layer=1, vector=whole.numpy()):
+        assert torch.equal(llama(tokens).logits, expected)
+
+
+def test_an_entry_beyond_float16_is_refused_before_any_pass():
+    model, vector = tiny_model("Llama", dtype=torch.float16), 70_000 * torch.eye(D)[3]
+    context = steer(model, layer=1, vector=vector)
+    with pytest.raises(ValueError, match=r"7e\+04, is beyond the range of torch.float16"), context:
+        pass
+    with steer(tiny_model("Llama", dtype=torch.bfloat16), layer=1, vector=vector):
+        pass
+
+
+def test_a_residual_beyond_float16_is_refused(tokens):
+    model = tiny_model("Llama", dtype=torch.float16)
+    big = 60_000 * torch.eye(D)[3]
+    with steer(model, layer=1, vector=big):
+        model(tokens)
+        with pytest.raises(ValueError, match="residual is beyond float16's range"), steer(model, layer=1, vector=big):
+            model(tokens)
+
+
+def test_an_entry_beyond_the_range_of_the_pass_is_refused(llama, tokens):
+    """A model in float64, of which autocast or a cast block makes float16."""
+    with steer(llama, layer=1, vector=70_000 * torch.eye(D)[3]):
+        llama(tokens)
+        with pytest.raises(ValueError, match=r"beyond the range of torch.float16"):
+            get_blocks(llama)[1](torch.zeros(1, 1, D, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("length", [1e-300, 1e-42, 1e30, 1e300])
+def test_lengths_of_directions_do_not_matter(tokens, length):
+    model = tiny_model("Llama", dtype=torch.float32)
+    with ablate(model, unit_rows(2, D)):
+        expected = model(tokens).logits
+    with ablate(model, length * unit_rows(2, D)):
+        torch.testing.assert_close(model(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("first", ["steer", "ablate"])
+def test_a_vector_at_the_embeddings_survives_ablation_in_either_order(llama, tokens, first):
+    vector = 4 * unit_rows(1, D)[0]
+    contexts = [steer(llama, layer=0, vector=vector), ablate(llama, vector)]
+    one, other = contexts if first == "steer" else reversed(contexts)
+    with one, other:
+        (h,) = residuals(llama, lambda: llama(tokens), 0)
+    torch.testing.assert_close(h @ vector / 4, torch.full(tokens.shape, 4.0, dtype=h.dtype))
