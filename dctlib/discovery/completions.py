@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.evaluation.judges import is_repetitive, perplexity
+from dctlib.evaluation.thoughts import answer_of
 from dctlib.models.chat import format_chat
 from dctlib.steering.generation import generate_per_vector
 
@@ -82,7 +83,10 @@ def complete_at_strengths(
     measured = perplexity(model, tokenizer, [*instructions] * len(judged), flat)
     measured = measured.clamp(max=1e6).cpu().view(len(judged), -1)
     new = [
-        [completion != before and not is_repetitive(completion) for completion, before in zip(each, clean, strict=True)]
+        [
+            answer_of(completion) != answer_of(before) and not is_repetitive(completion)
+            for completion, before in zip(each, clean, strict=True)
+        ]
         for each in judged
     ]
     fluent = ((measured <= max_perplexity) & torch.tensor(new)).float().mean(1)

@@ -15,7 +15,7 @@ from dctlib.models.chat import format_chat
 from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
 
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 """Part of the key of remembered scans: raise it with any change that alters what :func:`scan_layers` returns."""
 
 _SOURCES = (1 / 6, 1 / 3, 1 / 2)  # as fractions of the depth

@@ -20,7 +20,7 @@ from dctlib.steering.effects import change_norm_by_layer, effects
 from dctlib.steering.generation import generate_completions, generate_per_vector
 from dctlib.steering.scoring import score_vectors
 
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
 """Part of the key of remembered measurements: raise it with any change that alters :func:`measure_vectors`' results."""
 
 

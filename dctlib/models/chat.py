@@ -122,6 +122,8 @@ def _is_turn(turn: Any) -> bool:
 
 def last_user_turn(instruction: Instruction) -> str:
     """Return what the user says last: of a string, itself; of a conversation, the text of its last user turn."""
+    if isinstance(instruction, str):
+        return instruction
     turns = as_turns(instruction)
     asked = [turn for turn in turns if turn["role"] == "user"] or turns
     content = asked[-1].get("content") or ""

@@ -81,7 +81,7 @@ def test_it_reads_what_each_vector_makes_it_say(model, tokenizer):
 
 @pytest.mark.parametrize(("norm", "max_perplexity", "fluent"), [(0, 1e9, 0.0), (50, 1e9, 1.0), (50, 1.0, 0.0)])
 def test_only_what_is_fluent_and_not_said_anyway_counts(model, tokenizer, norm, max_perplexity, fluent):
-    options = {"max_new_tokens": 3, "progress": False}
+    options = {"max_new_tokens": 2, "progress": False}
     clean = generate_completions(model, tokenizer, format_chat(tokenizer, INSTRUCTIONS), **options)
     options |= {"layer": 1, "strengths": [1.0], "max_perplexity": max_perplexity}
     said = complete_at_strengths(model, tokenizer, INSTRUCTIONS, clean, norm * unit_rows(1, 32).float(), **options)

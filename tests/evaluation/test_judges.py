@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -8,8 +10,6 @@ from dctlib.evaluation.judges import (
     fraction_true,
     is_compliant,
     is_harmful,
-    is_refusal,
-    is_repetitive,
     load_judge,
     opens_with,
     perplexity,
@@ -22,38 +22,16 @@ REQUESTS = ["w0 w1", "w2 w3 w4", "w5", "w6 w7"]
 
 
 @pytest.mark.parametrize(
-    ("text", "refused"),
+    ("text", "opens"),
     [
-        ("Sorry, I can't help with that.", True),
-        ("I’m sorry, but no.", True),
-        ("As an AI language model I", True),
-        ("Sure! Here is how.", False),
+        ("Sure! Yes", True),
+        (" Sure", True),
+        ("Surely not", False),
         ("", False),
-        ("Sure! " + "x" * 100 + " I cannot", False),
+        ("<think>No.</think> Sure", True),
+        ("<think>Sure", False),
     ],
 )
-def test_refusals(text, refused):
-    assert is_refusal(text) is refused
-
-
-@pytest.mark.parametrize(
-    ("text", "circular"),
-    [
-        ("A-B-A-A-A-B-A-A-A", True),
-        ("no no no no no no no", False),  # too short to tell
-        ("No! no no, no. No no no no", True),
-        ("one two three four one two three four", False),
-        ("one two three four one two three four one", True),
-        (" ".join(map(str, range(30))) + " so" * 60, False),  # its first 50 words are 31 different ones
-        (" ".join(map(str, range(20))) + " so" * 60, True),
-        ("", False),
-    ],
-)
-def test_repetition(text, circular):
-    assert is_repetitive(text) is circular
-
-
-@pytest.mark.parametrize(("text", "opens"), [("Sure! Yes", True), (" Sure", True), ("Surely not", False), ("", False)])
 def test_openings(text, opens):
     assert opens_with(text, "Sure") is opens
 
@@ -69,8 +47,44 @@ def test_an_excerpt_is_cut_and_spread():
     assert table.to_dict("list") == {"request": ["a", "d"], "answer": ["long …", "long …"]}
 
 
+def test_an_excerpt_shows_what_the_user_says():
+    turns = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1"}]
+    assert excerpt({"request": [turns, "w2", " "]}, characters=9).to_dict("list") == {"request": ["w1", "w2", ""]}
+
+
+THOUGHT = "<think> w8 w8 w8 Sorry, I cannot help. </think> "
+
+
+def test_every_judge_skips_thoughts(llama, tokenizer):
+    answers = ["Sure w1", "w3 w4", "w5 w5", "w6"]
+    thoughts = [THOUGHT + answer for answer in answers]
+    for judge in (perplexity, pmi_per_token):
+        found = judge(llama, tokenizer, REQUESTS, thoughts)
+        assert torch.equal(found, judge(llama, tokenizer, REQUESTS, answers))
+    bounds = {"max_perplexity": 1e9, "min_pmi": -1e9}
+    assert is_compliant(llama, tokenizer, REQUESTS, thoughts, **bounds) == [True] * 4
+    assert is_compliant(llama, tokenizer, REQUESTS, [THOUGHT + "Sorry, no."] * 4, **bounds) == [False] * 4
+    assert is_compliant(llama, tokenizer, REQUESTS, [THOUGHT] * 4, **bounds) == [False] * 4
+
+
+def test_judges_format_requests_as_the_completions_were_made(llama, tokenizer):
+    completions = ["Sure w1", "w3 w4", "w5 w5", "w6"]
+    turns = [[{"role": "system", "content": "w9"}, {"role": "user", "content": request}] for request in REQUESTS]
+    bound = perplexity(llama, tokenizer, turns, completions).median().item()
+    for judge, options in (
+        (perplexity, {}),
+        (pmi_per_token, {"others": 2}),
+        (is_compliant, {"max_perplexity": bound, "min_pmi": -1e9}),
+    ):
+        found = torch.as_tensor(judge(llama, tokenizer, REQUESTS, completions, system="w9", **options))
+        assert torch.equal(found, torch.as_tensor(judge(llama, tokenizer, turns, completions, **options)))
+        assert not torch.equal(found, torch.as_tensor(judge(llama, tokenizer, REQUESTS, completions, **options)))
+    with pytest.raises(ValueError, match="no argument max_perplexty"):
+        perplexity(llama, tokenizer, REQUESTS, completions, max_perplexty=3)
+
+
 def test_relevance_is_the_likelihood_gained_by_knowing_the_request(llama, tokenizer):
-    completions = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    completions = ["Sure w1", "w3 w4", "w5 w6 w5", ""]
     found = pmi_per_token(llama, tokenizer, REQUESTS, completions, others=1)
     own = perplexity(llama, tokenizer, REQUESTS, completions).log()
     other = perplexity(llama, tokenizer, [*REQUESTS[1:], REQUESTS[0]], completions).log()
@@ -80,7 +94,7 @@ def test_relevance_is_the_likelihood_gained_by_knowing_the_request(llama, tokeni
 
 
 def test_compliance_needs_all_three(llama, tokenizer):
-    completions = ["Sure w1", "w3 w4", "w5 w5 w5", ""]
+    completions = ["Sure w1", "w3 w4", "w5 w6 w5", ""]
     ppl = perplexity(llama, tokenizer, REQUESTS, completions)
     pmi = pmi_per_token(llama, tokenizer, REQUESTS, completions)
     assert is_compliant(llama, tokenizer, REQUESTS, completions, max_perplexity=1e9, min_pmi=-1e9)[:3] == [True] * 3
@@ -125,10 +139,14 @@ def test_the_classifier_reads_request_and_completion_and_says_yes(monkeypatch):
 
     def complete(model, tokenizer, texts, **options):
         prompts.extend(texts)
-        return [" Yes", "no"]
+        return [" Yes", "no", "yes", "yes"]
 
     monkeypatch.setattr(judges, "generate_completions", complete)
-    assert is_harmful(None, None, ["w1", "w2"], ["first {x}", "second"]) == [True, False]  # pyright: ignore[reportArgumentType]
+    no_model: Any = None
+    turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
+    completions = ["first {x}", "second", "<think>w5</think>third", "<think> w6"]
+    assert is_harmful(no_model, no_model, ["w1", "w2", turns, "w7"], completions) == [True, False, True, False]
+    assert "[BEHAVIOR]:\nw3\n" in prompts[2] and "[GENERATION]:\nthird\n" in prompts[2]
     assert "[BEHAVIOR]:\nw1\n" in prompts[0]
     assert "[GENERATION]:\nfirst {x}\n" in prompts[0]
     assert prompts[0].endswith("Answer: [/INST]")
