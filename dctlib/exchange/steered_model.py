@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dctlib.models.blocks import eager_attention, get_blocks, unwrap
+from dctlib.models.blocks import eager_attention, get_blocks, output_residual, split_residual, unwrap
 from dctlib.steering.hooks import steer
 
 # Without a sliding window these compute what a Llama model does, whose config allows biases that theirs do not.
@@ -78,7 +78,6 @@ def steered_copy(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, " 
     raise ValueError(
         f"no bias of {type(model).__name__} adds a vector to the input of block {layer}, and no option of its config "
         f"makes one; use steer(), or write_control_vector for llama.cpp"
-        + ("" if layer == 0 else ", or a vector for layer 0, which the embedding can hold")
     )
 
 
@@ -91,7 +90,7 @@ def _check_plain(model: PreTrainedModel) -> None:
     if extra := model.state_dict().keys() ^ _weights(type(model), model.config).keys():
         raise ValueError(
             f"{type(model).__name__} holds other weights than its config describes, as {min(extra)}; merge an adapter "
-            f"first (merge_and_unload)"
+            f"first (merge_and_unload), and compile blocks afterwards"
         )
 
 
@@ -129,10 +128,10 @@ def _run(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
     blocks = get_blocks(model)
 
     def before(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        caught.append((args[0] if args else kwargs["hidden_states"]).clone())
+        caught.append(split_residual(args, kwargs)[0].clone())
 
     def after(_block: nn.Module, _args: tuple, output: Any) -> None:
-        caught.append((output[0] if isinstance(output, tuple) else output).clone())
+        caught.append(output_residual(output).clone())
 
     if layer == len(blocks):
         hook = blocks[-1].register_forward_hook(after)

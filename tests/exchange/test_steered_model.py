@@ -123,6 +123,34 @@ def test_copies_of_copies_add_up(llama):
         torch.testing.assert_close(both(TOKENS).logits, llama(TOKENS).logits)
 
 
+def test_a_vision_language_model_takes_a_vector_behind_its_images(tmp_path):
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.LlavaConfig(text_config=tiny_model("Llama").config, vision_config=vision)
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    with steer(model, layer=2, vector=VECTOR):
+        expected = model(TOKENS).logits
+    steered_copy(model, layer=2, vector=VECTOR).save_pretrained(tmp_path)
+    found = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(found(TOKENS).logits, expected)
+    assert (model(TOKENS).logits - expected).abs().max() > 0.1
+    with pytest.raises(ValueError, match="images do not pass the embedding"):
+        steered_copy(model, layer=0, vector=VECTOR)
+
+
+def test_a_compiled_model_is_copied_plain(llama):
+    with steer(llama, layer=2, vector=VECTOR):
+        expected = llama(TOKENS).logits
+    compiled: Any = torch.compile(llama, backend="eager")
+    compiled(TOKENS)
+    found = steered_copy(compiled, layer=2, vector=VECTOR)
+    assert type(found) is type(llama)
+    torch.testing.assert_close(found(TOKENS).logits, expected)
+    llama.model.layers[1] = torch.compile(llama.model.layers[1], backend="eager")
+    with pytest.raises(ValueError, match="compile blocks afterwards"):
+        steered_copy(llama, layer=2, vector=VECTOR)
+
+
 def test_the_mode_of_training_stays(llama):
     assert steered_copy(llama.train(), layer=1, vector=VECTOR).training and llama.training
 
