@@ -78,7 +78,8 @@ def _capture(model: PreTrainedModel, tree: PromptTree, source: int, target: int,
         hidden.append(residual.detach())
         calls.append((others[0], others[1]))
 
-    with ExitStack() as hooks, torch.no_grad():
+    # A model compiled before would pass hooks over.
+    with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for block in list(get_blocks(model))[source:target]:
             handle = block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
             hooks.callback(handle.remove)
@@ -105,7 +106,7 @@ def verify_replay(model: PreTrainedModel, source: int, target: int) -> bool:
     """
     name, blocks = type(model).__name__, list(get_blocks(model))
     tokens = probe_tokens(model)
-    with torch.no_grad(), eager_attention(model):
+    with torch.no_grad(), eager_attention(model), torch.compiler.set_stance("force_eager"):
         try:
             single = _capture(model, PromptTree.from_prompts(tokens.tolist()), source, target, takes_batches=False)
             stream = (*tokens.shape, residual_width(model))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.maps.replay import capture, replay
+from dctlib.maps.replay import capture, replay, verify_replay
 from dctlib.models.blocks import check_layer, eager_attention, get_blocks, output_residual, residual_width
 from dctlib.models.chat import tokenize_each
 from dctlib.models.packing import pack_prompts
@@ -61,9 +61,10 @@ def replay_last_token(
     trees = pack_prompts(model, tokenize_each(tokenizer, texts))
     vectors = vectors.to(model.device)
     blocks = list(get_blocks(model))[layer:]
+    verify_replay(model, layer, layer + len(blocks))  # here, as it runs blocks that are recorded below
     columns = []
     bar = tqdm(total=len(texts), desc=f"replaying {len(vectors)} vectors", disable=not progress)
-    with torch.no_grad(), eager_attention(model), bar:
+    with torch.no_grad(), eager_attention(model), torch.compiler.set_stance("force_eager"), bar:
         for tree in trees:
             last = torch.stack([path[-1] for path in tree.paths])
             with _last_residuals(blocks, last) as clean:

@@ -1,3 +1,4 @@
+import copy
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tiny import BLOCKS, assert_near, full_model_map, tiny_model, tiny_tokenizer, unit_rows
 
 from dctlib import CausalMap, Transcoder, fit_exponential, score_vectors, steer
@@ -113,6 +115,36 @@ def test_compiled_blocks_give_the_same(llama, tokenizer, texts, monkeypatch):
     for product in ("__call__", "vjp_at_zero"):
         assert_near(getattr(compiled, product)(first), getattr(plain, product)(first), 1e-6)
     assert graphs
+
+
+def compile_blocks(model):
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    return model
+
+
+def replace_blocks(model):
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(block, backend="eager")
+    return model
+
+
+def add_adapter(model):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+
+
+@pytest.mark.parametrize("wrap", [compile_blocks, replace_blocks, add_adapter], ids=lambda f: f.__name__)
+def test_wrapped_models_that_have_run_before(tokenizer, texts, wrap):
+    torch._dynamo.reset()
+    wrapped = wrap(tiny_model("Llama"))
+    plain = tiny_model("Llama") if wrap is not add_adapter else copy.deepcopy(wrapped).merge_and_unload()
+    wrapped(torch.tensor([[6, 7, 8]]))
+    theta, v = unit_rows(2, 2, D)
+    maps = [CausalMap.from_model(model, tokenizer, texts, source=1, target=3) for model in (wrapped, plain)]
+    assert_near(maps[0](theta), maps[1](theta), 1e-9)
+    assert_near(maps[0].second_derivative(theta, v), maps[1].second_derivative(theta, v), 1e-6)
+    scores = [score_vectors(m, tokenizer, texts, theta, layer=1, progress=False) for m in (wrapped, plain)]
+    assert_near(scores[0], scores[1], 1e-6)
 
 
 def test_prompts_of_unequal_length_equal_one_by_one(llama, tokenizer, texts):
