@@ -44,7 +44,8 @@ def to_directions(vectors: Mapping[int, Float[Tensor, " d"]], *, lowest: int = 1
         if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < lowest:
             raise ValueError(
                 f"got layer={layer!r}, expected {lowest} or more: the other tool adds to the output of block "
-                f"{lowest - 1} or of a later one, which is the input of block {lowest}. Fit at a later source layer"
+                f"{lowest - 1} or of a later one, which is the input of block {lowest}. Fit at a later source "
+                f"layer, or use dctlib.exchange.steered_model.steered_copy"
             )
     directions = {int(layer) - 1: torch.as_tensor(vector).detach().cpu() for layer, vector in vectors.items()}
     check_directions(directions, "vectors")

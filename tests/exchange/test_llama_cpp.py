@@ -1,13 +1,14 @@
 """llama.cpp itself, steered by a file of ours, must say what our steered model says. Not in CI: it compiles llama.cpp.
 
     pip install --no-deps --target build/llama llama-cpp-python    # needs a C++ compiler and cmake; about 15 minutes
-    PYTHONPATH=build/llama .venv/bin/pytest tests/test_llama_cpp.py
+    PYTHONPATH=build/llama .venv/bin/pytest tests/exchange/test_llama_cpp.py
 
 Both sides compute in float32 on the weights that models/smollm2-135m-instruct was made from: the pinned GGUF file with
 every tensor dequantised. Tokens, not texts, go in and come out, so llama.cpp's tokenizer takes no part.
 """
 
 import ctypes
+from contextlib import contextmanager
 from typing import Any
 
 import gguf
@@ -18,6 +19,7 @@ from tiny import unit_rows
 
 from dctlib import format_chat, load_model, steer
 from dctlib.exchange.gguf import read_control_vector, write_control_vector
+from dctlib.exchange.steered_model import steered_copy
 from dctlib.models.assets import fetch
 
 llama: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (see this file's docstring)")
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.real
 
 TOKENS = 24
 PROMPTS = ["What is the capital of France?", "Tell me a short story about a fox.", "How do I boil an egg?"]
-LENGTHS = {2: 20.0, 10: 40.0, 20: 60.0, 29: 500.0}  # of a vector at each layer: enough to change what is said
+LENGTHS = {2: 20.0, 10: 40.0, 20: 60.0, 29: 500.0, 30: 500.0}  # of a vector at each layer: enough to be heard
 BLOCKS, WIDTH, VOCABULARY = 30, 576, 49152
 
 
@@ -45,10 +47,9 @@ def clean(model, prompts):
     return [ours(model, prompt) for prompt in prompts]
 
 
-@pytest.fixture(scope="module")
-def context(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama") / "float32.gguf"
-    dequantise(fetch("smollm2"), path)
+@contextmanager
+def opened(path):
+    """A context of llama.cpp on a model file, which is deleted at the end."""
     llama.llama_backend_init()
     weights = llama.llama_model_load_from_file(bytes(path), llama.llama_model_default_params())
     settings = llama.llama_context_default_params()
@@ -63,8 +64,16 @@ def context(tmp_path_factory):
     path.unlink()
 
 
-def dequantise(source, path):
-    """A float32 copy of a GGUF file, all else equal."""
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama") / "float32.gguf"
+    dequantise(fetch("smollm2"), path)
+    with opened(path) as context:
+        yield context
+
+
+def dequantise(source, path, added=()):
+    """A float32 copy of a GGUF file, all else equal, with more tensors."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -73,6 +82,8 @@ def dequantise(source, path):
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    for name, tensor in added:
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -146,3 +157,20 @@ def test_one_layer_off_is_another_model(model, prompts, context, tmp_path, off):
         found, expected = theirs(context, prompt, path), ours(model, prompt, layer=10, vector=vector)
         assert found[0] != expected[0]
         assert (found[1] - expected[1]).abs().max() > 0.5
+
+
+def test_a_vector_in_the_weights_runs_in_llama_cpp(model, prompts, clean, tmp_path):
+    """The biases that the copy has more than the model, under the names that gguf's converter gives them."""
+    vector = LENGTHS[10] * unit_rows(WIDTH).float()
+    weights = steered_copy(model, layer=10, vector=vector).state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, BLOCKS)
+    added = [
+        (f"{names.get_name(name.removesuffix('.bias'))}.bias", weights[name].numpy())
+        for name in weights.keys() - model.state_dict().keys()
+    ]
+    dequantise(fetch("smollm2"), tmp_path / "steered.gguf", added)
+    with opened(tmp_path / "steered.gguf") as context:
+        for prompt, (unsteered, _) in zip(prompts, clean, strict=True):
+            steered = theirs(context, prompt)
+            assert_alike(steered, ours(model, prompt, layer=10, vector=vector))
+            assert steered[0] != unsteered
