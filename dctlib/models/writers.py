@@ -99,10 +99,13 @@ def _summands(
         if call.output is not None and call.output.is_floating_point() and _spans(call.output.shape, total.shape)
     }
     parts = [total, *([] if carried is None else [carried]), *outputs.values()]
-    columns = torch.stack([part.double().flatten() for part in parts], 1)
+    # A sum is rounded in proportion to its own size, and a few coordinates of a stream are huge: so each counts alike.
+    sizes = torch.stack([part.double().abs() for part in parts[: 1 if carried is None else 2]]).sum(0)
+    sizes = (sizes + 1e-3 * sizes.square().mean().sqrt()).flatten()
+    columns = torch.stack([part.double().flatten() / sizes for part in parts], 1)
     products = columns.T @ columns  # of which every least-squares fit below is made
-    added = total if carried is None else total - carried
-    allowed = near * added.double().norm()
+    added = columns[:, 0] if carried is None else columns[:, 0] - columns[:, 1]
+    allowed = near * added.norm() + torch.finfo(total.dtype).eps * len(added) ** 0.5
     first = len(parts) - len(outputs)
     index = {call: first + i for i, call in enumerate(outputs)}
 
