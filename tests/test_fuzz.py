@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import string
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,12 +277,29 @@ def test_a_shared_file_that_is_damaged_is_found(tmp_path_factory, data, name):
 
 
 @fuzzed
-@given(content=st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@given(
+    content=st.binary(max_size=60)
+    | st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.text(max_size=30).map(lambda text: text.encode("utf-16", "surrogatepass")),
+)
 def test_a_prompt_file_gives_instructions_or_a_value_error(tmp_path, content):
     found = accepted(read_instructions, str(written(tmp_path, "mine.txt", content)))
     if found is not None:
-        assert all(line and line == line.strip() for line in found)
-        assert "".join("".join(found).split()) == "".join(content.decode("utf-8-sig").split())
+        assert found and all(isinstance(line, str) and line and line == line.strip() for line in found)
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        assert set(found) == {line.strip() for line in re.split(r"[\r\n]", text)} - {""}
+
+
+@fuzzed
+@given(
+    content=json_text.map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.text(alphabet='ab,;"\n\t{}[]:', max_size=30).map(str.encode),
+    suffix=st.sampled_from(["csv", "tsv", "json", "jsonl"]),
+    column=st.sampled_from([None, "a"]),
+)
+def test_a_table_gives_instructions_or_a_value_error(tmp_path, content, suffix, column):
+    found = accepted(partial(read_instructions, column=column), written(tmp_path, f"mine.{suffix}", content))
+    assert found is None or (found and all(isinstance(each, str | list) for each in found))
 
 
 @fuzzed

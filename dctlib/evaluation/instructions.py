@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TypeVar
 import torch
 
 from dctlib._io import ROOT
+from dctlib.evaluation.prompt_files import FORMATS, read_prompt_file, unique
 from dctlib.models.assets import fetch
+from dctlib.models.chat import Instruction
 
 Item = TypeVar("Item")
 
@@ -77,33 +78,43 @@ def split(items: Sequence[Item], *, seed: int = 0, fit: int = 32, validation: in
     return Split(order[ends[2] :], order[ends[1] : ends[2]], order[ends[0] : ends[1]], order[: ends[0]])
 
 
-def read_instructions(prompts: str | Sequence[str]) -> list[str]:
-    """Return the pinned ``harmful`` or ``benign`` instructions, the lines of a text file, or a given list.
+def read_instructions(prompts: str | Path | Sequence[Instruction], *, column: str | None = None) -> list[Instruction]:
+    """Return the pinned ``harmful`` or ``benign`` instructions, those of a file, or a given list, each once.
+
+    Parameters
+    ----------
+    prompts : str, path or sequence
+        A pinned name; a file, see :func:`dctlib.evaluation.prompt_files.read_prompt_file`; or the instructions
+        themselves, each a string or a conversation.
+    column : str, optional
+        Column of a CSV or TSV file, or key of a JSON file, that holds the instructions.
 
     Raises
     ------
     ValueError
-        If there is no such file, or it is not text.
+        If there is no such file, or it holds no instructions, or `column` is named without such a file.
     """
-    if not isinstance(prompts, str):
-        return list(prompts)
+    named = isinstance(prompts, str | Path)
+    if column is not None and (not named or prompts in ("harmful", "benign")):
+        raise ValueError(
+            f"got column={column!r} without a file, expected a CSV, TSV, JSON or JSON-lines file as prompts"
+        )
+    if not named:
+        return unique(prompts)
     if prompts == "harmful":
         pinned = harmful_instructions()
         return pinned.fit + pinned.validation
     if prompts == "benign":
         return benign_split().train
     try:
-        content = (ROOT / prompts).read_bytes()  # an absolute path stays what it is
-        text = content.decode("utf-8-sig")  # not by read_text, which takes half a byte-order mark for an empty file
+        return read_prompt_file(ROOT / prompts, column=column)  # an absolute path stays what it is
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot read prompts={prompts!r} ({error}); expected 'harmful', 'benign', or a text file with an "
-            f"instruction a line"
+            f"cannot read prompts={str(prompts)!r} ({error}); expected 'harmful', 'benign', or {FORMATS}"
         ) from error
-    return [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
 
 
-def split_instructions(instructions: Sequence[str], *, fit: int, held_out: int) -> tuple[list[str], list[str]]:
+def split_instructions(instructions: Sequence[Item], *, fit: int, held_out: int) -> tuple[list[Item], list[Item]]:
     """Return the first `fit` instructions, to fit on, and the next `held_out`, to measure on.
 
     Raises

@@ -10,7 +10,12 @@ def test_lines_of_a_file_are_instructions(tmp_path):
     assert read_instructions(str(tmp_path / "mine.txt")) == ["one", "two é", "three"]
     (tmp_path / "theirs.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\x0bfour")
     assert read_instructions(str(tmp_path / "theirs.txt")) == ["one", "two", "three\x0bfour"]
-    assert read_instructions(["a", "b"]) == ["a", "b"]
+    assert read_instructions(["a", "b", "a"]) == ["a", "b"]
+    turns = [{"role": "user", "content": "a"}]
+    assert read_instructions(["a", turns, turns]) == ["a", turns]
+    for prompts in ("harmful", ["a"]):
+        with pytest.raises(ValueError, match=r"got column='goal' without a file"):
+            read_instructions(prompts, column="goal")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\xfd", b"\xef\xbb"])
