@@ -17,6 +17,8 @@ def unwrap(model: Any) -> Any:
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):  # peft
             model = model.get_base_model()
+        elif type(model).__module__.startswith("peft.") and hasattr(model, "model"):  # a tuner, or several mixed
+            model = model.model
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:

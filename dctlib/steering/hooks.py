@@ -1,6 +1,5 @@
 """Steering and ablation: forward hooks that change the residual stream, and are removed at the end of a context."""
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +13,20 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dctlib.models.blocks import check_layer, get_blocks, output_residual, residual_width, split_residual, unwrap
-from dctlib.models.writers import residual_writers
-from dctlib.steering.passes import decoders, devices_of, watch_passes
+from dctlib.models.blocks import (
+    check_layer,
+    eager_attention,
+    get_blocks,
+    output_residual,
+    residual_width,
+    split_residual,
+    tolerance,
+    unwrap,
+)
+from dctlib.models.plain_copy import has_adapters, plain_copy
+from dctlib.models.trace import probe_tokens
+from dctlib.models.writers import ResidualWriters, residual_writers
+from dctlib.steering.passes import decoders, devices_of, is_watched, watch_passes
 
 
 @contextmanager
@@ -127,9 +137,10 @@ def ablate(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> I
     basis = _span(plain, directions)
 
     def project(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (_without(output[0], basis), *output[1:])
-        return _without(output, basis)
+        if isinstance(output, Tensor):
+            return _without(output, basis)
+        first = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
+        return type(output)([*output[:first], _without(output[first], basis), *output[first + 1 :]])
 
     stack = decoders(model)[-1]
     parameters = [*inspect.signature(stack.forward).parameters]
@@ -153,32 +164,31 @@ def ablate(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> I
         yield
 
 
-def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"] | ArrayLike) -> PreTrainedModel:
+def ablated_copy(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> PreTrainedModel:
     """Return a copy of `model` whose edited weights write nothing into the span of `directions`, for export.
 
-    It computes what the model does under :func:`ablate`. Tied embeddings are untied, because the input embedding is
-    projected and the unembedding is not.
+    It computes what the model does under :func:`ablate`, which is verified on a few tokens. Active adapters of PEFT
+    are merged into its weights. Tied embeddings are untied, because the input embedding is projected and the
+    unembedding is not.
 
     Raises
     ------
     ValueError
-        As :func:`ablate`; if weights are offloaded; and for families with a norm between a layer's output and the
-        residual stream (Gemma 2 and 3, OLMo 2), where no edit of the weights is equal to it.
+        As :func:`ablate`; if weights are offloaded or quantised; if an adapter cannot be merged; for families where
+        no edit of weights is equal to it, as those with a norm or mixtures of experts between a layer's output and
+        the residual stream; and if the copy's logits differ from the ablated model's.
     """
-    basis = _span(model, directions)
-    if any(has_offloaded_params(module) for module in model.modules()):
+    plain = unwrap(model)
+    basis = _span(plain, directions)
+    if is_watched(plain):
+        raise ValueError("the model is being steered or ablated, which a copy would keep; copy it outside the context")
+    if any(has_offloaded_params(module) for module in plain.modules()):
         raise ValueError("weights are offloaded, which no edit reaches; load the model whole, as on device='cpu'")
-    if residual_writers(model).projections is None or residual_writers(model).embeddings is None:
-        raise ValueError(
-            f"{type(model).__name__} normalises what its layers write, so no weight edit is an ablation; use ablate()"
-        )
-    copied: Any = copy.deepcopy(model)
-    writers = residual_writers(copied)
+    if not has_adapters(plain):
+        _editable_writers(plain)  # refused before the copy is made
+    copied: Any = plain_copy(model)
+    writers = _editable_writers(copied)
     with torch.no_grad():
-        head = copied.get_output_embeddings()
-        if head.weight is copied.get_input_embeddings().weight:
-            head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-            copied.config.get_text_config().tie_word_embeddings = copied.config.tie_word_embeddings = False
         for embedding in writers.embeddings or []:
             embedding.weight.copy_(_without(embedding.weight, basis))
         for projection in writers.projections or []:
@@ -186,7 +196,33 @@ def ablated_copy(model: PreTrainedModel, directions: Float[Tensor, "*k d"] | Arr
             by_output.copy_(_without(by_output, basis))
             if projection.bias is not None:
                 projection.bias.copy_(_without(projection.bias, basis))
+        with eager_attention(plain), ablate(model, directions):
+            expected = model(input_ids=probe_tokens(plain), use_cache=False).logits
+        with eager_attention(copied):
+            found = copied(input_ids=probe_tokens(plain), use_cache=False).logits
+    if found.shape != expected.shape or not (found - expected).norm() <= tolerance(plain.dtype) * expected.norm():
+        raise ValueError(
+            f"an edit of the weights of {type(plain).__name__} gives other logits than ablate(); use ablate(), and "
+            f"tell us about this model"
+        )
     return copied
+
+
+def _editable_writers(model: PreTrainedModel) -> ResidualWriters:
+    """Return the residual writers of `model`, or raise ValueError if an edit of their weights is no ablation."""
+    writers = residual_writers(model)
+    if writers.projections is None or writers.embeddings is None:
+        raise ValueError(
+            f"{type(model).__name__} normalises what its layers write, or mixes experts, so no weight edit is an "
+            f"ablation; use ablate()"
+        )
+    for module in (*writers.embeddings, *writers.projections):
+        if type(module.weight.data) is not Tensor:
+            raise ValueError(
+                f"the weight of a {type(module).__name__} is a {type(module.weight.data).__name__}, as in quantised "
+                f"models, which no edit reaches; load the model in bfloat16 or float32, or use ablate()"
+            )
+    return writers
 
 
 def _rows(values: Any, d: int, *, name: str) -> Float[Tensor, "k d"]:

@@ -22,6 +22,11 @@ def decoders(model: Any) -> list[nn.Module]:
     return [module for module in unwrap(model).modules() if any(part is blocks for part in module.modules())][:-1]
 
 
+def is_watched(model: Any) -> bool:
+    """Return whether `model` is inside a context of :func:`watch_passes`."""
+    return any(hook.__module__ == __name__ for hook in decoders(model)[-1]._forward_pre_hooks.values())
+
+
 def devices_of(model: Any) -> int:
     """Return over how many devices a wrapper splits each batch."""
     while hasattr(model, "_orig_mod"):

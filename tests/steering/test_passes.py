@@ -9,6 +9,8 @@ from transformers import CompileConfig
 
 from dctlib import ablate, steer
 from dctlib.models.blocks import get_blocks, unwrap
+from dctlib.models.plain_copy import plain_copy
+from dctlib.steering.hooks import ablated_copy
 
 D = 32
 TOKENS = torch.tensor([[6, 7, 8, 9, 10]])
@@ -105,6 +107,46 @@ def test_what_is_compiled_or_generated_first_inside_is_clean_afterwards(compiled
     with steer(compiled, layer=1, vector=VECTOR):
         assert torch.equal(generated(compiled), expected)
     assert torch.equal(generated(compiled), clean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_compiled_model_is_plain(kind, llama):
+    with ablate(llama, VECTOR):
+        expected = llama(TOKENS).logits
+    copied = ablated_copy(kind(tiny_model("Llama")), VECTOR)
+    assert copied.state_dict().keys() == llama.state_dict().keys()
+    assert not any(module._compiled_call_impl or "forward" in vars(module) for module in copied.modules())
+    torch.testing.assert_close(copied(TOKENS).logits, expected)
+
+
+def test_a_compiled_call_that_generate_keeps_is_not_copied(llama):
+    llama._compiled_call = llama.__call__  # what transformers keeps, bound to this model
+    assert "_compiled_call" not in vars(ablated_copy(llama, VECTOR))
+
+
+def test_a_copy_inside_a_context_is_refused(llama):
+    for context in (steer(llama, layer=1, vector=VECTOR), ablate(llama, VECTOR)):
+        with context, pytest.raises(ValueError, match="copy it outside the context"):
+            ablated_copy(llama, VECTOR)
+    ablated_copy(llama, VECTOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_a_copy_is_held_to_the_model_in_its_own_type(dtype, family):
+    model = tiny_model(family, dtype=dtype)
+    copied = ablated_copy(model, VECTOR)
+    assert copied.dtype == dtype
+
+    def damaged(self, *args, **kwargs):
+        copied = plain_copy(self)
+        copied.get_parameter("lm_head.weight").mul_(1.1)
+        return copied
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("dctlib.steering.hooks.plain_copy", damaged)
+        with pytest.raises(ValueError, match="gives other logits than ablate"):
+            ablated_copy(model, VECTOR)
 
 
 def test_a_compiled_function_around_the_model_is_changed_too():
