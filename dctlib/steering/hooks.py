@@ -80,11 +80,12 @@ def steer(
     _cast(vectors, plain.dtype)  # refused before any pass
 
     def add(hidden: Tensor) -> Tensor:
-        if hidden.ndim != 3 or hidden.shape[2] != vectors.shape[1]:
+        if hidden.shape[-1] != vectors.shape[1] or (follow and hidden.ndim != 3):  # some families keep several streams
             expected = f"(batch, tokens, {vectors.shape[1]})"
             raise ValueError(f"the residual at layer {layer} has shape {tuple(hidden.shape)}, expected {expected}")
         cast = vectors.to(hidden.dtype) if hidden.dtype == plain.dtype else _cast(vectors, hidden.dtype)
-        steered = hidden + passes.match_rows(cast.to(hidden.device), len(hidden), name="vectors")[:, None]
+        added = passes.match_rows(cast.to(hidden.device), len(hidden), name="vectors")
+        steered = hidden + (added[:, None] if len(added) > 1 else added[0])
         if hidden.dtype == torch.float16 and (hidden.isfinite() & ~steered.isfinite()).any():
             raise ValueError("the steered residual is beyond float16's range; load the model in bfloat16 or float32")
         if everywhere:

@@ -279,3 +279,27 @@ def test_contexts_with_positions_nest_and_leave_the_model_as_it_was(model):
     assert torch.equal(found[1], reference(model, PROMPTS[1], VECTORS[0], "all"))
     assert vars(model).keys() == before.keys()
     assert all(not part._forward_pre_hooks and not part._forward_hooks for part in model.modules())
+
+
+def test_several_streams_take_one_vector_at_all_positions():
+    model = family_model("gemma3n_text")
+    seen = []
+    handle = get_blocks(model)[LAYER].register_forward_pre_hook(
+        lambda _b, args, kwargs: seen.append(split_residual(args, kwargs)[0]), with_kwargs=True
+    )
+    model(PROMPTS, use_cache=False)
+    handle.remove()
+    with steer(model, layer=LAYER, vector=VECTORS[0]):
+        handle = get_blocks(model)[LAYER].register_forward_pre_hook(
+            lambda _b, args, kwargs: seen.append(split_residual(args, kwargs)[0]), with_kwargs=True
+        )
+        model(PROMPTS, use_cache=False)
+        handle.remove()
+    assert seen[0].shape == (4, 2, 5, D)
+    torch.testing.assert_close(seen[1], seen[0] + VECTORS[0])
+    for options in ({"vector": VECTORS}, {"vector": VECTORS[0], "positions": "prompt"}):
+        with (
+            steer(model, layer=LAYER, **options),
+            refused(r"has shape \(4, 2, 5, 32\), expected \(batch, tokens, 32\)"),
+        ):
+            model(PROMPTS, use_cache=False)
