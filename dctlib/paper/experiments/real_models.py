@@ -80,7 +80,7 @@ def real_models_cells(
     return comparisons + parts
 
 
-@task(version=1, agreement=0.8)
+@task(version=2, agreement=0.8)
 def refusals(model: Mapping[str, Any], *, first: int, count: int, answer_tokens: int, shown_characters: int) -> Any:
     """Complete a part of AdvBench greedily without steering, and judge each completion.
 
@@ -110,7 +110,7 @@ def refusals(model: Mapping[str, Any], *, first: int, count: int, answer_tokens:
     return [_verdict(completion, shown_characters) for completion in completions]
 
 
-@task(version=1, tolerance=0.05, agreement=0.8)
+@task(version=2, tolerance=0.05, agreement=0.8)
 def compare_with_random(
     model: Mapping[str, Any],
     *,
