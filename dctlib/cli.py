@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -21,6 +22,11 @@ ProfileOption = Annotated[
 ]
 
 
+def _on_the_command_line(kind: Any) -> Any:
+    """Return a field's type as typer takes it: of text or a list the text, because a list comes from a file."""
+    return str if get_origin(kind) in (Union, UnionType) and str in get_args(kind) else kind
+
+
 def _with_options(options: type[BaseModel]) -> Callable[[Callable], Callable]:
     """Add an option for each field of a pydantic model to a command, which gets them as keyword arguments."""
 
@@ -32,7 +38,7 @@ def _with_options(options: type[BaseModel]) -> Callable[[Callable], Callable]:
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if field.is_required() else field.default,
                 annotation=Annotated[
-                    str if str in get_args(field.annotation) else field.annotation,  # a list comes from a file
+                    _on_the_command_line(field.annotation),
                     typer.Option(help=field.description),
                 ],
             )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.evaluation.judges import is_repetitive, perplexity
 from dctlib.evaluation.thoughts import answer_of
-from dctlib.models.chat import format_chat
+from dctlib.models.chat import Instruction, format_chat
 from dctlib.steering.generation import generate_per_vector
 
 
@@ -50,7 +50,7 @@ class SteeredCompletions:
 def complete_at_strengths(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[str],
+    instructions: Sequence[Instruction],
     clean: Sequence[str],
     vectors: Float[Tensor, "k d"],
     *,
@@ -59,28 +59,31 @@ def complete_at_strengths(
     max_new_tokens: int,
     max_perplexity: float = 20.0,
     progress: bool = True,
+    **chat: Any,
 ) -> SteeredCompletions:
     """Complete each instruction greedily under each vector at each strength.
 
     Parameters
     ----------
-    instructions : sequence of str
-        User turns, in no chat format.
+    instructions : sequence of str or of conversations
+        In no chat format.
     clean : sequence of str
         Their completions without steering.
     vectors : Tensor, (k, d)
         Added at every position of `layer`, times each of `strengths`.
     max_perplexity : float
         Largest perplexity of a fluent completion under the clean model.
+    **chat
+        Options of :func:`dctlib.format_chat`, such as ``system``.
     """
-    texts = format_chat(tokenizer, instructions)
+    texts = format_chat(tokenizer, instructions, **chat)
     options: dict[str, Any] = {"layer": layer, "max_new_tokens": max_new_tokens, "progress": progress}
     steered = {
         strength: generate_per_vector(model, tokenizer, texts, strength * vectors, **options) for strength in strengths
     }
     judged = steered[strengths[0]]
     flat = [completion for completions in judged for completion in completions]
-    measured = perplexity(model, tokenizer, [*instructions] * len(judged), flat)
+    measured = perplexity(model, tokenizer, [*instructions] * len(judged), flat, **chat)
     measured = measured.clamp(max=1e6).cpu().view(len(judged), -1)
     new = [
         [

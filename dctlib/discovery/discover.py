@@ -21,7 +21,7 @@ from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
 from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.causal import CausalMap
-from dctlib.models.chat import format_chat
+from dctlib.models.chat import Instruction, format_chat
 from dctlib.models.fingerprint import chat_model_digest
 from dctlib.models.loading import load_model
 from dctlib.runs.cache import cache_key, cached_fit, remember
@@ -66,14 +66,15 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
 
     bars: dict[str, Any] = {"progress": progress}
     fitted, held_out = split_instructions(
-        read_instructions(options.prompts), fit=options.fit_prompts, held_out=options.validation
+        read_instructions(options.prompts, column=options.column), fit=options.fit_prompts, held_out=options.validation
     )
     check_replaceable(paths.shared)
     announce(1, f"load {options.model}")
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     for word in options.words or ():
         single_token(tokenizer, word, "words")
-    texts = format_chat(tokenizer, fitted)
+    chat = options.chat
+    texts = format_chat(tokenizer, [*fitted, *held_out], **chat)[: len(fitted)]
     digest = chat_model_digest(model, tokenizer)
 
     slices: list[LayerSlice] = []
@@ -81,9 +82,14 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
     if source is None or target is None:
         announce(2, "scan three slices")
         scan = {"nonlinearity": options.nonlinearity, "seed": options.seed}
-        key = cache_key("scan", SCAN_VERSION, {"model": digest, "instructions": [fitted, held_out], **scan})
+        key = cache_key(
+            "scan", SCAN_VERSION, {"model": digest, "instructions": [fitted, held_out], "chat": chat, **scan}
+        )
         slices = _remembered(
-            paths.cache, key, list[LayerSlice], lambda: scan_layers(model, tokenizer, fitted, held_out, **scan, **bars)
+            paths.cache,
+            key,
+            list[LayerSlice],
+            lambda: scan_layers(model, tokenizer, fitted, held_out, **scan, **bars, **chat),
         )
         source, target = slices[0].source, slices[0].target
     cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
@@ -109,12 +115,12 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
         "max_new_tokens": options.answer_tokens,
         "seed": options.seed,
     }
-    inputs = {"model": digest, "map": cmap.digest, "dct": _digest(dct), "instructions": held_out}
+    inputs = {"model": digest, "map": cmap.digest, "dct": _digest(dct), "instructions": held_out, "chat": chat}
     measured = _remembered(
         paths.cache,
         cache_key("measurements", MEASUREMENT_VERSION, inputs | settings),
         Measurements,
-        lambda: measure_vectors(model, tokenizer, cmap, dct, held_out, **settings, **bars),
+        lambda: measure_vectors(model, tokenizer, cmap, dct, held_out, **settings, **bars, **chat),
     )
 
     announce(5, f"rank by {options.rank_by}")
@@ -129,6 +135,7 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
         strengths=options.strengths,
         max_new_tokens=options.answer_tokens,
         **bars,
+        **chat,
     )
     results = found.summary(characters=options.shown_characters)
     write_json(paths.results, {"options": options.model_dump(), "slices": [*map(asdict, slices)], **results})
@@ -175,7 +182,7 @@ def fit_transcoder(
     return cached_fit(folder, fit_exponential, cmap, input_scale=input_scale, **settings)
 
 
-def describe(options: DiscoverOptions, found: Discovery, held_out: list[str]) -> Exploration:
+def describe(options: DiscoverOptions, found: Discovery, held_out: list[Instruction]) -> Exploration:
     """Return what the explorer shows of a discovery."""
     name, _ = model_reference(options.model)
     facts = {
@@ -187,6 +194,7 @@ def describe(options: DiscoverOptions, found: Discovery, held_out: list[str]) ->
         "fitted to": f"{options.fit_prompts} instructions",
         "completed on": f"{options.validation} others",
         "seed": str(options.seed),
+        **{name: str(value) for name, value in options.chat.items()},
     }
     return Exploration.from_discovery(
         f"What {name} hides", facts, found, held_out, shown_characters=options.shown_characters

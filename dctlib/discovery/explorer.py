@@ -22,6 +22,7 @@ from dctlib._io import atomic_path
 from dctlib.discovery.completions import SteeredCompletions
 from dctlib.discovery.ranking import Discovery
 from dctlib.evaluation.judges import truncate
+from dctlib.models.chat import Instruction, last_user_turn
 
 _ABOUT = {
     "vector": "its number in the fit",
@@ -52,8 +53,8 @@ class Exploration:
         filtered too.
     V, U : Tensor, (k, d_source) and (k, d_target)
         Directions of the table's rows, in its order.
-    instructions : sequence of str
-        The n instructions that were completed.
+    instructions : sequence of str or of conversations
+        The n instructions that were completed. Of a conversation, the last user turn is shown.
     completions : SteeredCompletions
         Their completions, without steering and at each strength.
     completed : sequence of int
@@ -76,7 +77,7 @@ class Exploration:
     table: pd.DataFrame
     V: Float[Tensor, "k d_source"]
     U: Float[Tensor, "k d_target"]
-    instructions: Sequence[str]
+    instructions: Sequence[Instruction]
     completions: SteeredCompletions
     completed: Sequence[int]
     shown_characters: int
@@ -89,7 +90,7 @@ class Exploration:
         title: str,
         facts: Mapping[str, str],
         found: Discovery,
-        instructions: Sequence[str],
+        instructions: Sequence[Instruction],
         *,
         shown_characters: int,
     ) -> "Exploration":
@@ -190,7 +191,7 @@ def _content(run: Exploration) -> dict[str, Any]:
         "similar": similar,
         "norms": None if run.norms is None else _rounded(run.norms),
         "median": None if run.norms is None else run.norms.quantile(0.5, 0).tolist(),
-        "instructions": list(run.instructions),
+        "instructions": [last_user_turn(instruction) for instruction in run.instructions],
         "clean": [truncate(text, run.shown_characters) for text in completions.clean],
         "strengths": strengths,
         "start": strengths.index(next(iter(completions.steered))),

@@ -11,7 +11,7 @@ from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential
 from dctlib.maps.causal import CausalMap
 from dctlib.models.blocks import get_blocks
-from dctlib.models.chat import format_chat
+from dctlib.models.chat import Instruction, format_chat
 from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
 
@@ -70,13 +70,14 @@ _DEFAULTS = ScanSettings()
 def scan_layers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[str],
-    held_out: Sequence[str],
+    instructions: Sequence[Instruction],
+    held_out: Sequence[Instruction],
     *,
     nonlinearity: float = 0.5,
     settings: ScanSettings = _DEFAULTS,
     seed: int = 0,
     progress: bool = True,
+    **chat: Any,
 ) -> list[LayerSlice]:
     """Fit a narrow transcoder to each of three slices, and sort the slices by how much its vectors find.
 
@@ -84,8 +85,10 @@ def scan_layers(
 
     Parameters
     ----------
-    instructions, held_out : sequence of str
-        User turns, in no chat format: those that are fitted, and those that are completed.
+    instructions, held_out : sequence of str or of conversations
+        In no chat format: those that are fitted, and those that are completed.
+    **chat
+        Options of :func:`dctlib.format_chat`, such as ``system``.
 
     Returns
     -------
@@ -98,11 +101,11 @@ def scan_layers(
         If no slice is left.
     """
     depth = len(get_blocks(model))
-    fitted_texts = format_chat(tokenizer, instructions)
-    texts = format_chat(tokenizer, held_out)
+    fitted_texts = format_chat(tokenizer, instructions, **chat)
+    texts = format_chat(tokenizer, held_out, **chat)
     options: dict[str, Any] = {"max_new_tokens": settings.answer_tokens, "progress": progress}
     clean = generate_completions(model, tokenizer, texts, **options)
-    options |= {"strengths": [1.0], "max_perplexity": settings.max_perplexity}
+    options |= {"strengths": [1.0], "max_perplexity": settings.max_perplexity, **chat}
     slices = []
     unscaled = None
     for source in sorted({int(fraction * depth) for fraction in _SOURCES}):

@@ -1,10 +1,35 @@
 """Options of ``discover``: the one source of the command line's, the notebook's and the profiles' names and bounds."""
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["exponential", "quadratic", "linear"]
+
+
+def chat_options(system: str | None, template_arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the options of :func:`dctlib.format_chat` that a system message and ``NAME=VALUE`` arguments make.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not of this form, or given twice.
+    """
+    chat: dict[str, Any] = {} if system is None else {"system": system}
+    for argument in template_arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or not name.isidentifier() or name == "system":
+            raise ValueError(f"got the template argument {argument!r}, expected NAME=VALUE, enable_thinking=false say")
+        if name in chat:
+            raise ValueError(f"got the template argument {name} twice, expected it once")
+        literal = value.lower().replace("none", "null")
+        try:
+            chat[name] = json.loads(literal if literal in ("true", "false", "null") else value)
+        except ValueError:
+            chat[name] = value
+    return chat
 
 
 class DiscoverOptions(BaseModel):
@@ -18,8 +43,17 @@ class DiscoverOptions(BaseModel):
     model: str = Field(
         min_length=1, description="A pinned name, a Hub id with its commit (owner/name@revision), or a local folder."
     )
-    prompts: str | Annotated[list[str], Field(min_length=2)] = Field(
-        description="A text file with one instruction a line; or `harmful` or `benign`, the pinned sets."
+    prompts: str | Annotated[list[str | list[dict[str, Any]]], Field(min_length=2)] = Field(
+        description="A text file with one instruction a line; a .csv, .tsv, .json or .jsonl file, whose items may be "
+        "conversations; or `harmful` or `benign`, the pinned sets."
+    )
+    column: str | None = Field(
+        None, min_length=1, description="Column of the file that holds the instructions. Left out: goal, prompt, text …"
+    )
+    system: str | None = Field(None, description="System message before each instruction.")
+    template_arguments: list[str] = Field(
+        [],
+        description="Argument of the model's chat template, enable_thinking=false say, the option once for each.",
     )
     fit_prompts: int = Field(
         4, ge=1, strict=True, description="Instructions to fit, the first of the file. 4 to 12 suffice."
@@ -81,4 +115,10 @@ class DiscoverOptions(BaseModel):
             raise ValueError("rank_by='score' needs two words")
         if min(self.strengths) <= 0 or len(set(self.strengths)) < len(self.strengths):
             raise ValueError(f"strengths={self.strengths} must be above 0, each once")
+        chat_options(self.system, self.template_arguments)
         return self
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The options of :func:`dctlib.format_chat`."""
+        return chat_options(self.system, self.template_arguments)

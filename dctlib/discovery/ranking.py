@@ -15,7 +15,7 @@ from dctlib.fits.baselines import random_vectors
 from dctlib.fits.compare import cosine_clusters
 from dctlib.fits.transcoder import Transcoder
 from dctlib.maps.causal import CausalMap
-from dctlib.models.chat import format_chat
+from dctlib.models.chat import Instruction, format_chat
 from dctlib.steering.effects import change_norm_by_layer, effects
 from dctlib.steering.generation import generate_completions, generate_per_vector
 from dctlib.steering.scoring import score_vectors
@@ -55,13 +55,14 @@ def measure_vectors(
     tokenizer: PreTrainedTokenizerBase,
     cmap: CausalMap,
     dct: Transcoder,
-    instructions: Sequence[str],
+    instructions: Sequence[Instruction],
     *,
     words: tuple[str, str] | None = None,
     strength: float = 1.0,
     max_new_tokens: int = 24,
     seed: int = 0,
     progress: bool = True,
+    **chat: Any,
 ) -> Measurements:
     """Measure every steering vector of a transcoder on held-out instructions, with no target word needed.
 
@@ -69,19 +70,21 @@ def measure_vectors(
     ----------
     cmap : CausalMap
         The map that `dct` was fitted to.
-    instructions : sequence of str
-        User turns, in no chat format, that were not fitted.
+    instructions : sequence of str or of conversations
+        In no chat format, and not fitted.
     words : (str, str), optional
         A positive and a negative one-token word: adds the column ``score``.
     strength : float
         Multiple of ``dct.steering_vectors()`` that is measured.
     seed : int
         Seed of the random vectors to compare with.
+    **chat
+        Options of :func:`dctlib.format_chat`, such as ``system``.
     """
     layer = _source(dct)
     vectors = dct.steering_vectors()
     scaled = strength * vectors
-    texts = format_chat(tokenizer, instructions)
+    texts = format_chat(tokenizer, instructions, **chat)
     caused = effects(model, tokenizer, texts, scaled, layer=layer, progress=progress)
     columns = {
         "vector": [*range(len(vectors))],
@@ -99,7 +102,7 @@ def measure_vectors(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
     clean = generate_completions(model, tokenizer, texts, **options)
     completions = complete_at_strengths(
-        model, tokenizer, instructions, clean, vectors, layer=layer, strengths=[strength], **options
+        model, tokenizer, instructions, clean, vectors, layer=layer, strengths=[strength], **options, **chat
     )
     columns |= {"fluent": completions.fluent, "perplexity": completions.perplexity}
     baseline = random_vectors(len(vectors), cmap.d_source, norm=strength * dct.input_scale, seed=seed)
@@ -176,7 +179,7 @@ def rank_vectors(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dct: Transcoder,
-    instructions: Sequence[str],
+    instructions: Sequence[Instruction],
     measured: Measurements,
     *,
     rank_by: str = "fluent",
@@ -184,6 +187,7 @@ def rank_vectors(
     strengths: Sequence[float] = (1.0,),
     max_new_tokens: int = 24,
     progress: bool = True,
+    **chat: Any,
 ) -> Discovery:
     """Rank measured vectors, and complete the instructions under the first of each cluster at every strength.
 
@@ -197,13 +201,15 @@ def rank_vectors(
         A numeric column of ``measured.table``.
     shown : int
         Clusters of which the first vector is shown.
+    **chat
+        As for :func:`measure_vectors`.
     """
     layer = _source(dct)
     vectors = dct.steering_vectors()
     ranked = rank_and_cluster(measured.table, vectors, by=rank_by)
     first = ranked.drop_duplicates("alike").head(shown)["vector"].tolist()
     completions = measured.completions.select(first)
-    texts = format_chat(tokenizer, instructions)
+    texts = format_chat(tokenizer, instructions, **chat)
     options: dict[str, Any] = {"layer": layer, "max_new_tokens": max_new_tokens, "progress": progress}
     others = {
         strength: generate_per_vector(model, tokenizer, texts, strength * vectors[first], **options)

@@ -9,9 +9,10 @@ import torch
 from tiny import tiny_model
 from typer.testing import CliRunner
 
+from dctlib import format_chat
 from dctlib._io import ROOT
 from dctlib.cli import app, main
-from dctlib.discovery.options import DiscoverOptions
+from dctlib.discovery.options import DiscoverOptions, chat_options
 from dctlib.exchange.hub import load_folder
 
 ABSENT = ["dvc", "papermill", "seaborn", "peft", "math_verify", "pypandoc", "typst", "ray", "nbformat", "nbconvert"]
@@ -99,6 +100,10 @@ def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_
         (["--words", "Sure", "w1 w3"], "words='w1 w3'"),
         (["--source", "1", "--target", "9"], "got source=1, target=9"),
         (["--model", "."], "is a folder without config.json"),
+        (["--column", "goal"], "a text file has no columns"),
+        (["--template-arguments", "enable_thinking"], "'enable_thinking', expected NAME=VALUE"),
+        (["--template-arguments", "a=1", "--template-arguments", "a=2"], "template argument a twice"),
+        (["--template-arguments", "enable_thinkin=false"], "no argument enable_thinkin; it reads none"),
     ],
 )
 def test_bad_options_are_one_line_before_anything_is_fitted(arguments, tmp_path, run, capsys, more, message):
@@ -110,6 +115,52 @@ def test_bad_options_are_one_line_before_anything_is_fitted(arguments, tmp_path,
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
     assert "[2/5]" not in capsys.readouterr().err and not (tmp_path / ".cache").exists()
+
+
+def test_a_system_message_and_conversations_reach_every_step(arguments, tmp_path, run, monkeypatch):
+    """A run with a system message is that of the same conversations with a system turn each."""
+    formatted = []
+
+    def record(tokenizer, instructions, **options):
+        formatted.append((len(instructions), options))
+        return format_chat(tokenizer, instructions, **options)
+
+    for module in ("discover", "completions", "ranking"):
+        monkeypatch.setattr(f"dctlib.discovery.{module}.format_chat", record)
+    monkeypatch.setattr("dctlib.evaluation.judges.format_chat", record)
+    users = [[{"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(8)]
+    tables = {"users": users, "whole": [[{"role": "system", "content": "w9"}, *turns] for turns in users]}
+    for name, conversations in tables.items():
+        lines = [json.dumps({"id": 1, "asked": turns}) for turns in conversations]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    more = ["--column", "asked", "--source", "1", "--target", "3", "--method", "linear"]
+    results = []
+    for prompts, system, name in [("users", ["--system", "w9"], "a"), ("whole", [], "b"), ("users", [], "c")]:
+        with pytest.raises(SystemExit):
+            run(*arguments, *more, "--prompts", str(tmp_path / f"{prompts}.jsonl"), *system, "--name", name)
+        results.append(json.loads((tmp_path / f"runs/{name}/discover.json").read_text()))
+        asked = dict(formatted)
+        assert len(formatted) >= 4 and set(asked) == {5, 3, 24}  # all; held out; held out under 8 vectors
+        assert all(options == ({"system": "w9"} if system else {}) for options in asked.values())
+        formatted.clear()
+        page = (tmp_path / f"runs/{name}/discover_explorer.html").read_text()
+        assert '"instructions":["w2 w3","w3 w4","w4 w5"]' in page
+    with_system, whole, without = results
+    assert with_system["readings"] == whole["readings"] != without["readings"]
+    assert (with_system["options"]["system"], with_system["options"]["column"]) == ("w9", "asked")
+
+
+def test_template_arguments_are_values_of_the_template():
+    given = ["enable_thinking=False", "effort=high", "budget=3", "date=", "tool=none"]
+    assert chat_options(None, []) == {}
+    assert chat_options("", given) == {
+        "system": "",
+        "enable_thinking": False,
+        "effort": "high",
+        "budget": 3,
+        "date": "",
+        "tool": None,
+    }
 
 
 def test_a_folder_of_someone_else_is_refused_before_anything_is_loaded(arguments, tmp_path, run, capsys):

@@ -79,6 +79,29 @@ def test_it_reads_what_each_vector_makes_it_say(model, tokenizer):
     assert said.select([1]).perplexity == pytest.approx(second.perplexity)
 
 
+def test_completions_take_the_options_of_the_chat_format(model, tokenizer):
+    vectors = 20 * unit_rows(2, 32).float()
+    options = {"layer": 1, "strengths": [1.0], "max_new_tokens": 3, "progress": False}
+    turns = [[{"role": "system", "content": "w9"}, {"role": "user", "content": each}] for each in INSTRUCTIONS]
+    clean = ["a", "b", "c"]
+    said = complete_at_strengths(model, tokenizer, INSTRUCTIONS, clean, vectors, system="w9", **options)
+    assert said == complete_at_strengths(model, tokenizer, turns, clean, vectors, **options)
+    assert said != complete_at_strengths(model, tokenizer, INSTRUCTIONS, clean, vectors, **options)
+
+
+def test_an_answer_that_only_thinks_otherwise_is_not_new(model, tokenizer, monkeypatch):
+    for answer, fluent in [("w1 w2", 0.0), ("w3 w4", 1.0)]:
+        monkeypatch.setattr(
+            dctlib.discovery.completions,
+            "generate_per_vector",
+            lambda *_, said=answer, **__: [[f"<think> w5 </think> {said}"] * 3],
+        )
+        options = {"layer": 1, "strengths": [1.0], "max_new_tokens": 8, "max_perplexity": 1e9, "progress": False}
+        clean = ["<think> w6 </think> w1 w2"] * 3
+        said = complete_at_strengths(model, tokenizer, INSTRUCTIONS, clean, unit_rows(1, 32).float(), **options)
+        assert said.fluent == [fluent]
+
+
 @pytest.mark.parametrize(("norm", "max_perplexity", "fluent"), [(0, 1e9, 0.0), (50, 1e9, 1.0), (50, 1.0, 0.0)])
 def test_only_what_is_fluent_and_not_said_anyway_counts(model, tokenizer, norm, max_perplexity, fluent):
     options = {"max_new_tokens": 2, "progress": False}
@@ -131,6 +154,14 @@ def test_slices_are_within_the_model_and_the_most_promising_comes_first(model, t
     found = [each.found for each in slices]
     assert found == sorted(found, reverse=True)
     assert 0 < max(found) <= 1
+
+
+def test_slices_are_scanned_with_the_options_of_the_chat_format(model, tokenizer):
+    turns = [[{"role": "system", "content": "w9"}, {"role": "user", "content": each}] for each in INSTRUCTIONS]
+    options = {"settings": SMALL, "progress": False}
+    slices = scan_layers(model, tokenizer, INSTRUCTIONS[:2], INSTRUCTIONS[2:], system="w9", **options)
+    assert slices == scan_layers(model, tokenizer, turns[:2], turns[2:], **options)
+    assert slices != scan_layers(model, tokenizer, INSTRUCTIONS[:2], INSTRUCTIONS[2:], **options)
 
 
 def test_slices_without_a_scale_are_left_out(model, tokenizer, monkeypatch):
