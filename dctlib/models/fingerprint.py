@@ -2,31 +2,83 @@
 
 import hashlib
 import json
+import re
 from functools import lru_cache
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.models.assets import ASSETS, CONVERSION, MODELS
+from dctlib.models.blocks import unwrap
 from dctlib.models.loading import load_model
+
+# What decides whether an adapter of peft takes part, besides its weights.
+_ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's configuration and parameters: equal only if the models compute the same."""
+    """Return the SHA-256 of a model's configuration, weights and buffers: equal only if the models compute the same.
+
+    Quantised weights count with their scales, and adapters of peft with whether they are active. Hooks do not count.
+    """
+    model = unwrap(model)
     digest = hashlib.sha256(repr(model).encode())
     if config := getattr(model, "config", None):
-        settings = {k: v for k, v in config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, _ in model.named_parameters():
-        digest.update(name.encode())
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        digest.update(json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode())
+    for path, module in model.named_modules():
+        if hasattr(module, "disable_adapters"):
+            digest.update(repr([getattr(module, name, None) for name in _ADAPTER_STATE]).encode())
         with align_module_device(module):  # a weight that is offloaded is fetched
-            digest.update(getattr(module, leaf).detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            for name, value in sorted(_state(module).items()):
+                digest.update(f"{path}.{name}".encode())
+                _update(digest, value)
     return digest.hexdigest()
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's own weights, the scales that a quantised module saves with them, and all of its buffers."""
+    state: dict[str, Any] = {name: value for name, value in module._parameters.items() if value is not None}
+    scales: list[Any] = [getattr(weight, "quant_state", None) for weight in state.values()]
+    if packed := [each for each in scales if getattr(each, "packing_format_for_cpu", False)]:
+        state["scales"] = [each.as_dict(packed=True) for each in packed]  # saving would break bitsandbytes' packed ones
+    else:
+        module._save_to_state_dict(state, "", keep_vars=False)
+    return state | {name: value for name, value in module._buffers.items() if value is not None}
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, and those nested in it, without where it came from."""
+    own = {name: value for name, value in config.items() if not re.match("_|transformers_version", str(name))}
+    return {name: _settings(value) if isinstance(value, dict) else value for name, value in own.items()}
+
+
+def _update(digest: Any, value: Any) -> None:
+    """Add a tensor's type, shape and bytes to `digest`; of a tensor made of several, all of them."""
+    if isinstance(value, (tuple, list, dict)):
+        for part in value.items() if isinstance(value, dict) else value:
+            _update(digest, part)
+        return
+    if not isinstance(value, Tensor):
+        digest.update(repr(value).encode())
+        return
+    value = value.detach()
+    digest.update(f"{type(value).__name__}{(value.dtype, tuple(value.shape))}".encode())
+    if is_traceable_wrapper_subclass(value):
+        names, settings = value.__tensor_flatten__()
+        digest.update(repr(settings).encode())
+        for name in names:
+            _update(digest, getattr(value, name))
+    elif value.is_quantized:
+        digest.update(repr(value.qscheme()).encode())
+        per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        scales = (value.q_per_channel_scales(), value.q_per_channel_zero_points()) if per_channel else ()
+        _update(digest, (value.int_repr(), *(scales or (value.q_scale(), value.q_zero_point()))))
+    else:
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def chat_model_digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,11 +2,13 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
+from torch import nn
 
 from dctlib.models import fingerprint
 from dctlib.models.assets import ASSETS
-from dctlib.models.fingerprint import chat_model_digest, fingerprint_model, load_fingerprinted, model_key
+from dctlib.models.fingerprint import chat_model_digest, fingerprint_model, load_fingerprinted, model_digest, model_key
 from dctlib.paper.organisms.training import save_organism
 
 
@@ -73,3 +75,109 @@ def test_a_pinned_model_of_another_conversion_is_not_taken_for_it(monkeypatch, t
     with pytest.raises(ValueError, match="has digest"):
         load_fingerprinted(**settings)
     load_fingerprinted.cache_clear()
+
+
+def test_model_digest_sees_the_configuration_and_not_where_it_came_from(llama):
+    before = model_digest(llama)
+    llama.config._name_or_path = "elsewhere"
+    llama.config.transformers_version = "0"
+    assert model_digest(llama) == before
+    llama.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    assert model_digest(llama) != before
+
+
+def test_model_digest_sees_one_changed_weight_and_not_how_it_lies_in_memory(llama):
+    before = model_digest(llama)
+    assert model_digest(llama) == before
+    weight = llama.model.layers[3].mlp.down_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous()
+    assert model_digest(llama) == before
+    with torch.no_grad():
+        weight[0, 0] += 1e-9
+    assert model_digest(llama) != before
+
+
+def test_model_digest_sees_buffers_and_types(llama):
+    before = model_digest(llama)
+    llama.model.rotary_emb.inv_freq *= 2
+    changed = model_digest(llama)
+    assert changed != before
+    llama.register_buffer("offset", torch.zeros(()), persistent=False)
+    assert model_digest(llama) != changed
+    assert model_digest(tiny_model("Llama").half()) != before
+
+
+KINDS = [torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_model_digest_sees_every_byte_of_every_type(dtype):
+    module = nn.Module()
+    module.register_buffer("part", torch.zeros(3, 2).to(dtype))
+    module.register_buffer("none", torch.zeros(0, 2).to(dtype))
+    before = model_digest(module)
+    module.get_buffer("part").view(torch.uint8)[2, -1] = 1
+    assert model_digest(module) != before
+
+
+def test_wrappers_leave_the_digest_as_it_is(llama):
+    before = model_digest(llama)
+    assert model_digest(nn.DataParallel(llama)) == before
+    assert model_digest(torch.compile(llama)) == before  # pyright: ignore[reportArgumentType]
+
+
+def test_model_digest_sees_which_adapter_is_active_and_how_strongly():
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model = get_peft_model(tiny_model("Llama", dtype=torch.float32), lora)
+    model.add_adapter("other", lora)
+    before = model_digest(model)
+    assert model_digest(model.get_base_model()) == before
+    with model.disable_adapter():
+        assert model_digest(model) != before
+    model.set_adapter("other")
+    assert model_digest(model) != before
+    model.set_adapter("default")
+    assert model_digest(model) == before
+    scaling = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").scaling
+    scaling["default"] *= 2  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    assert model_digest(model) != before
+    scaling["default"] /= 2  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    model.merge_adapter()
+    assert model_digest(model) != before
+
+
+def test_model_digest_sees_the_scales_of_quantised_weights():
+    def quantised(factor):
+        plain = tiny_model("Llama", dtype=torch.float32)
+        plain.lm_head.weight.data *= factor
+        return torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
+
+    assert model_digest(quantised(1)) == model_digest(quantised(1))
+    assert model_digest(quantised(1)) != model_digest(quantised(2))
+
+
+def test_model_digest_sees_the_parts_of_a_tensor_of_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def quantised(factor):
+        linear = nn.Linear(32, 32, bias=False)
+        linear.weight.data = factor * torch.eye(32)
+        quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+        return linear
+
+    assert model_digest(quantised(1)) == model_digest(quantised(1))
+    assert model_digest(quantised(1)) != model_digest(quantised(2))
+
+
+def test_a_digest_leaves_weights_that_bitsandbytes_packed_as_they_are():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    linear = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)
+    linear.weight.data = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    linear = linear.to("cpu").eval()
+    rows = torch.ones(2, 64)
+    with torch.no_grad():
+        before = linear(rows)
+        digest = model_digest(linear)
+        assert torch.equal(linear(rows), before)
+        assert model_digest(linear) == digest
