@@ -275,21 +275,12 @@ def _gigabytes(count: int) -> str:
 
 
 def _convert(gguf: Path, folder: Path, dtype: str) -> None:
-    """Save the dequantised weights, the configuration and the tokenizer of a GGUF file as a Hugging Face folder.
+    """Save the dequantised weights, the configuration and the tokenizer of a GGUF file as a Hugging Face folder."""
+    from transformers import AutoTokenizer
 
-    transformers reads dequantised weights but refuses to save them under their quantised class, so the state dict
-    moves into a plain model of that configuration.
-    """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from dctlib.models.gguf import check_gguf, load_gguf
 
-    dense = hasattr(transformers, "GgufConfig")  # versions without it know no other way
-    options: dict[str, Any] = {"quantization_config": transformers.GgufConfig(dequantize=True)} if dense else {}
-    quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype, **options)
-    vars(quantised.config).pop("quantization_config", None)
-    with torch.device("meta"):  # no second copy in memory
-        model = type(quantised)(quantised.config)
-    model.load_state_dict(quantised.state_dict(), assign=True)
+    model, _ = load_gguf(gguf, check_gguf(gguf), dtype=getattr(torch, dtype))
     with atomic_path(folder) as partial:
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)

@@ -1,16 +1,17 @@
 """Loading a causal language model and its tokenizer."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from dctlib._io import ROOT
-from dctlib.models import assets
+from dctlib.models.adapters import merge_adapter, read_base
+from dctlib.models.checkpoints import check_checkpoint, load_weights
+from dctlib.models.sources import Source, find_source
 
 
 def load_model(
@@ -25,17 +26,24 @@ def load_model(
     Parameters
     ----------
     name : str or path
-        A pinned model (``"qwen2.5-coder-0.5b-instruct"``, ``"qwen2.5-coder-1.5b-instruct"`` or
-        ``"smollm2-135m-instruct"``), a local Hugging Face folder (absolute, or relative to the working directory or
-        to the repository), or a Hub id, best with its commit: ``"owner/name@revision"``. Without a commit, a warning
-        names the one that came. Remote code is never run, and weights are read from safetensors only.
+        One of these:
+
+        - a pinned model: ``"qwen2.5-coder-0.5b-instruct"``, ``"qwen2.5-coder-1.5b-instruct"`` or
+          ``"smollm2-135m-instruct"``;
+        - a local Hugging Face folder, absolute or relative to the working directory or to the repository. Of a
+          vision-language model, text alone is used;
+        - a Hub id, best with its commit: ``"owner/name@revision"``. Without one, a warning names the commit that came;
+        - a GGUF file, whose weights are dequantised: a path, or ``"owner/name/file.gguf@revision"`` on the Hub;
+        - a PEFT adapter, a folder or Hub id: it is merged into the model that its configuration names.
+
+        Remote code is never run, and nothing pickled is read.
     device : str or torch.device, optional
         CUDA where there is one, otherwise the CPU. ``"auto"``, for a model that no GPU holds, spreads its blocks over
         all of them, and over main memory what is left (accelerate's ``device_map``).
     dtype : str or torch.dtype, optional
-        ``"float32"``, ``"bfloat16"``, ``"float64"``, or ``"native"``: bfloat16 where it is
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, or ``"native"``: bfloat16 where it is
         the faster (see :func:`native_dtype`), float32 elsewhere. Left out, bfloat16 on CUDA and
-        float32 on a CPU.
+        float32 on a CPU, and the type in which it was saved for a quantised model.
     tokenizer : str, optional
         Where the tokenizer is, if not beside the model: likewise.
 
@@ -47,66 +55,66 @@ def load_model(
     Raises
     ------
     ValueError
-        If `name` is none of these, its files are damaged or incomplete, `dtype` is unknown, or a pinned model
-        cannot be fetched or converted.
+        If `name` is none of these or not a causal language model, its files are damaged, incomplete or pickled, it
+        needs a package that is not installed, `dtype` or `device` is unknown, or a pinned model cannot be fetched or
+        converted.
     """
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    spread = {"device_map": "auto"} if device == "auto" else {}
-    device = torch.device(best if spread or device is None else device)
-    source, revision = _locate(name)
-    loaded_tokenizer = _load_tokenizer(*(_locate(tokenizer) if tokenizer else (source, revision)))
-    options = {"dtype": _dtype(dtype, device), "use_safetensors": True, **revision, **spread}  # nothing pickled
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot load the weights of {source!r} from safetensors, the only format read: {error}"
-        ) from error
-    if not revision and (commit := getattr(model.config, "_commit_hash", None)):
-        warnings.warn(f"{name} names no commit; what came is {name}@{commit}", stacklevel=2)
-    model = model if spread else model.to(device)
+    spread = device == "auto"
+    device = _device(None if spread else device)
+    weights_dtype = _dtype(dtype, device)
+    found = source = find_source(name)
+    if base := read_base(found):
+        source = find_source(base)
+    config = check_checkpoint(source)
+    beside = found if found.has(r"tokenizer(_config)?\.json") else source
+    loaded_tokenizer = _load_tokenizer(find_source(tokenizer) if tokenizer else beside)
+    if dtype is None and getattr(config, "quantization_config", None):
+        weights_dtype = None
+    model = load_weights(source, config, device=device, dtype=weights_dtype, spread=spread)
+    if found is not source:
+        model = merge_adapter(model, found)
+    if found.revision and not str(name).endswith(f"@{found.revision}"):
+        warnings.warn(f"{name} names no commit; what came is {name}@{found.revision}", stacklevel=2)
     return model.eval().requires_grad_(False), loaded_tokenizer
 
 
-def _locate(name: str | Path) -> tuple[str, dict[str, str]]:
-    """Return the folder, or the Hub id and its revision, as from_pretrained takes them."""
-    if folder := _local_folder(name):
-        return str(folder), {}
-    source, _, revision = str(name).partition("@")
-    return source, {"revision": revision} if revision else {}
-
-
-def _local_folder(name: str | Path) -> Path | None:
-    if str(name) in assets.MODELS:
-        return assets.fetch_model(str(name))
-    for folder in (Path(name), ROOT / name):
-        if (folder / "config.json").is_file():
-            return folder
-        if folder.is_dir():
-            raise ValueError(f"{folder} is a folder without config.json, so not a saved model; did its stage finish?")
-    if Path(name).is_absolute() or str(name).startswith((".", "models/")):
-        raise ValueError(
-            f"no model folder {name}; `dvc repro` makes organisms (`make beyond` those of other seeds or with a "
-            f"secret). Or pass one of {sorted(assets.MODELS)}, a Hub id or a folder that save_pretrained wrote"
-        )
-    return None
-
-
-def _load_tokenizer(source: str, revision: dict[str, str]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    name = source.location
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
+        if source.gguf:
+            tokenizer = AutoTokenizer.from_pretrained(source.gguf.parent, gguf_file=source.gguf.name)
+        else:
+            tokenizer = _tokenizer_class(source).from_pretrained(name, **source.options)
     except OSError as error:
-        raise ValueError(
-            f"cannot load {source!r}: not a name that dctlib pins ({', '.join(assets.MODELS)}), not a local model "
-            f"folder, and not reachable on the Hub. Check the spelling and the network."
-        ) from error
+        raise ValueError(f"there is no tokenizer beside {name!r}; pass tokenizer= ({error})") from error
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"cannot read the tokenizer of {source!r}: are its files damaged? ({error})") from error
+        raise ValueError(f"cannot read the tokenizer of {name!r}: are its files damaged? ({error})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(f"the tokenizer of {source!r} has no words: are its files there? Else pass tokenizer=")
+        raise ValueError(f"the tokenizer of {name!r} has no words: are its files there? Else pass tokenizer=")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_class(source: Source) -> Any:
+    """Return the class that reads the tokenizer as it was saved.
+
+    AutoTokenizer puts a family's own splitting rules in place of those in the file, for Qwen2 among others.
+    """
+    if {"tokenizer.json", "tokenizer_config.json"} <= source.files:
+        saved = json.loads(source.fetch("tokenizer_config.json").read_text(encoding="utf-8"))
+        if saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast
+    return AutoTokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # RuntimeError, or AssertionError in a build without CUDA
+        raise ValueError(f"got device {device!r}, which this machine and this torch lack: {error}") from error
 
 
 def native_dtype(device: str | torch.device) -> torch.dtype:
@@ -125,13 +133,14 @@ def native_dtype(device: str | torch.device) -> torch.dtype:
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "native":
         return native_dtype(device)
-    if dtype not in ("float32", "bfloat16", "float64"):
-        raise ValueError(f"got dtype {dtype!r}, expected 'native', 'float32', 'bfloat16' or 'float64'")
-    return getattr(torch, dtype)
+    known: dict[Any, torch.dtype] = {
+        name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
+    }
+    if dtype not in known and dtype not in known.values():
+        raise ValueError(f"got dtype {dtype!r}, expected 'native', 'float32', 'bfloat16', 'float16' or 'float64'")
+    return known.get(dtype) or dtype  # pyright: ignore[reportReturnType]
 
 
 def silence_transformers() -> None:

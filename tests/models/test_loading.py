@@ -1,21 +1,22 @@
 import json
 import warnings
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from tiny import BLOCKS, FAMILIES, tiny_model, tiny_tokenizer
+from tiny import BLOCKS, FAMILIES, assert_near, tiny_model, tiny_tokenizer, unit_rows
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from dctlib import format_chat, load_model
-from dctlib.models import loading
+from dctlib import CausalMap, format_chat, load_model
+from dctlib.models import loading, sources
 from dctlib.models.blocks import check_layer, eager_attention, get_blocks, output_residual
-from dctlib.models.fingerprint import model_digest
 from dctlib.models.logits import compute_logits
+from dctlib.models.sources import find_source
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,14 +74,41 @@ def test_a_local_folder_is_loaded_for_inference(folder, llama):
     assert torch.equal(model(tokens).logits, llama(tokens).logits)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_dtypes(folder, dtype, expected):
     assert load_model(folder, device="cpu", dtype=dtype)[0].dtype == expected
 
 
-def test_an_unknown_dtype_is_named(folder):
-    with pytest.raises(ValueError, match="dtype 'int8'"):
-        load_model(folder, dtype="int8")
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, "auto"])
+def test_an_unknown_dtype_is_named(folder, dtype):
+    with pytest.raises(ValueError, match=rf"dtype '?{dtype}'?, expected 'native'"):
+        load_model(folder, dtype=dtype)
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_is_read():
+    with pytest.raises(ValueError, match="got device 'cuda:99', which this machine"):
+        load_model("nowhere/model", device="cuda:99")
+
+
+def test_in_half_precision_a_map_and_its_products_work(folder):
+    model, tokenizer = load_model(folder, device="cpu", dtype="float16")
+    whole, _ = load_model(folder, device="cpu", dtype="float64")
+    maps = [
+        CausalMap.from_model(each, tokenizer, ["w0 w1 w2 w3", "w4 w5 w6"], source=1, target=3)
+        for each in (model, whole)
+    ]
+    theta, u = unit_rows(2, 32, dtype=torch.float32), unit_rows(2, 32, seed=1, dtype=torch.float32)
+    for product in (lambda cmap, *rows: cmap(rows[0]), CausalMap.vjp, CausalMap.jvp):
+        found, expected = (product(cmap, theta.to(cmap.dtype), u.to(cmap.dtype)) for cmap in maps)
+        assert_near(found.double(), expected, 0.02)
 
 
 def test_pickled_weights_are_not_opened(folder):
@@ -148,49 +176,70 @@ def test_a_real_model_is_loaded_by_name_and_refuses(name, blocks):
     assert str(tokenizer.decode(answer)).startswith("I'm sorry")
 
 
-def test_a_hub_id_may_carry_its_revision_and_the_tokenizer_lie_elsewhere(tmp_path, monkeypatch):
-    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "words")  # not beside the model
+@pytest.fixture
+def hub(folder, monkeypatch):
+    """A stand-in for the Hub that has one repository, the tiny folder, of which it returns the commit."""
     asked = []
-    load = transformers.AutoTokenizer.from_pretrained
 
-    def from_pretrained(name, **options):
-        asked.append((name, options))
-        return load(tmp_path / "words")
+    def model_info(repository, *, revision, timeout):
+        asked.append((repository, revision))
+        if repository != "owner/name":
+            raise OSError("404: no such repository\nSee the log")
+        siblings = [SimpleNamespace(rfilename=path.name) for path in folder.iterdir()]
+        return SimpleNamespace(sha="0123abc", siblings=siblings)
 
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", from_pretrained)
-    load_model(tmp_path / "model", tokenizer="owner/words@0123abc")
-    load_model(tmp_path / "model")
-    safe = {"trust_remote_code": False}
-    assert asked == [("owner/words", {"revision": "0123abc", **safe}), (str(tmp_path / "model"), safe)]
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
+    monkeypatch.setattr(sources, "hf_hub_download", lambda _repository, name, *, revision: folder / name)
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM, PreTrainedTokenizerFast):
+        from_disk = partial(kind.from_pretrained, folder)
+
+        def from_pretrained(name, from_disk=from_disk, revision=None, **options):
+            asked.append((name, revision))
+            return from_disk(**options)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    return asked
 
 
-def test_a_hub_id_without_a_commit_names_the_one_that_came(tmp_path, monkeypatch):
-    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    for kind in (loading.AutoTokenizer, loading.AutoModelForCausalLM):
-        hub = partial(kind.from_pretrained, tmp_path)
-        monkeypatch.setattr(kind, "from_pretrained", lambda _name, hub=hub, revision=None, **options: hub(**options))
-    monkeypatch.setattr(transformers.LlamaConfig, "_commit_hash", "0123abc", raising=False)
+def test_a_hub_id_without_a_commit_names_the_one_that_came_and_reads_it_alone(hub):
     with pytest.warns(UserWarning, match="owner/name names no commit; what came is owner/name@0123abc"):
-        load_model("owner/name")
+        load_model("owner/name", device="cpu")
+    assert hub == [("owner/name", None), *[("owner/name", "0123abc")] * 3]
+    hub.clear()
     with warnings.catch_warnings(action="error"):
-        load_model("owner/name@0123abc")
+        load_model("owner/name@main", device="cpu")
+    assert set(hub) == {("owner/name", "main")}
 
 
-def test_model_digest_sees_the_configuration():
-    model = tiny_model("Llama")
-    before = model_digest(model)
-    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
-    assert model_digest(model) != before
+def test_a_repository_that_is_not_there_is_one_line_before_anything_is_downloaded(hub):
+    with pytest.raises(ValueError, match=r"not reachable on the Hub \(404: no such repository\)") as refused:
+        load_model("owner/other")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"Did you mean 'smollm2-135m-instruct'\?"):
+        load_model("smollm-135m-instruct")
+    with pytest.raises(ValueError, match=r"owner/name on the Hub has no q4\.gguf, expected one of none"):
+        load_model("owner/name/q4.gguf")
+    assert len(hub) == 3
 
 
-def test_model_digest_sees_one_changed_weight(llama):
-    before = model_digest(llama)
-    assert model_digest(llama) == before
-    with torch.no_grad():
-        llama.model.layers[3].mlp.down_proj.weight[0, 0] += 1e-9
-    assert model_digest(llama) != before
+def test_what_the_hub_gave_before_is_read_without_it(hub, folder, monkeypatch):
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda _repository, name, *, revision: str(folder / name))
+    assert find_source("owner/other").location == str(folder)
+
+
+def test_a_tokenizer_may_lie_elsewhere(folder, tmp_path):
+    tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_model(tmp_path / "model", device="cpu")
+    _, tokenizer = load_model(tmp_path / "model", device="cpu", tokenizer=str(folder))
+    assert tokenizer("w0 w1")["input_ids"] == [6, 7]
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Llama"])
+def test_a_tokenizer_is_read_as_it_was_saved_whatever_the_family_splits_by(tmp_path, family):
+    tiny_model(family, dtype=torch.float32).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu")[1]("w0 Sure w1")["input_ids"] == [6, 4, 7]
 
 
 @pytest.mark.parametrize(
