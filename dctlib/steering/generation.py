@@ -1,28 +1,38 @@
 """Completions of many prompts: greedy, steered, or sampled at a temperature."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from dctlib.models.blocks import residual_width, tolerance, unwrap
 from dctlib.models.chat import pad_id, tokenize_each
-from dctlib.steering.hooks import steer
+from dctlib.models.trace import once_per_model, probe_tokens
+from dctlib.steering.hooks import as_rows, steer
+from dctlib.steering.passes import unhooked
 
 
 def generate_completions(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
     max_new_tokens: int,
     layer: int | None = None,
-    vector: Float[Tensor, "*n d"] | None = None,
+    vector: Float[Tensor, "*n d"] | ArrayLike | None = None,
     batch_size: int = 50,
     processor: LogitsProcessor | None = None,
     description: str = "completing",
@@ -30,14 +40,18 @@ def generate_completions(
 ) -> list[str]:
     """Generate a greedy completion of each text, steered by `vector` at `layer` if one is given.
 
-    Greedy means one beam, no sampling and no repetition penalty, whatever the model's generation_config.json says.
+    Greedy means the most likely token at every step, until one that the model's generation_config.json names as the
+    end. Nothing else in that file counts: no beams, penalties, forced or suppressed tokens, lengths or drafts.
 
     Parameters
     ----------
-    vector : Tensor, (d,) or (n, d), optional
+    model : nn.Module
+        A language model, also inside PEFT, torch.compile or DataParallel. It runs in evaluation mode.
+    vector : Tensor or array, (d,) or (n, d), optional
         One for all texts, or one for each.
     batch_size : int
-        Texts of a batch are padded on the left and masked, so a completion does not depend on the other texts.
+        Texts of a batch are padded on the left and masked, so a completion does not depend on the other texts. That
+        is verified once for each model; one for which it does not hold runs the texts one by one.
     processor : LogitsProcessor, optional
         Changes the logits before the largest is taken.
 
@@ -49,60 +63,139 @@ def generate_completions(
     Raises
     ------
     ValueError
-        If a vector comes without a layer, or their number is not that of the texts.
+        If a vector comes without a layer, or their number is not that of the texts; or if the model's logits are
+        not a number.
     """
-    if vector is not None and (layer is None or (vector.ndim == 2 and len(vector) != len(texts))):
+    vectors = None if vector is None else as_rows(vector, residual_width(model), name="vector")
+    if vectors is not None and (layer is None or len(vectors) not in (1, len(texts))):
         raise ValueError(
-            f"got layer={layer} and vectors of shape {tuple(vector.shape)} for {len(texts)} texts, expected a layer, "
-            f"and one vector for all texts or one for each"
+            f"got layer={layer} and {len(vectors)} vectors for {len(texts)} texts, expected a layer, and one vector "
+            f"for all texts or one for each"
         )
     tokenized = [row[0] for row in tokenize_each(tokenizer, texts)]
     pad = pad_id(tokenizer)
-    generate: Any = model.generate
-    head: Any = model.get_output_embeddings()
+    adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if adds_tokens or not batches_exactly(unwrap(model)):
+        batch_size = 1
     completions = []
     with tqdm(total=len(texts), desc=description, disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             rows = slice(first, first + batch_size)
-            prompts = tokenized[rows]
-            tokens = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
-            mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
-            if vector is None or layer is None:
+            if vectors is None or layer is None:
                 steered = nullcontext()
             else:
-                steered = steer(model, layer=layer, vector=vector if vector.ndim == 1 else vector[rows])
-            with steered, head.register_forward_pre_hook(_make_contiguous):
-                output = generate(
-                    input_ids=tokens.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=pad,
-                    do_sample=False,
-                    num_beams=1,
-                    repetition_penalty=1.0,
-                    logits_processor=LogitsProcessorList([processor] if processor else []),
-                )
-            completions += tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
-            bar.update(len(prompts))
+                steered = steer(model, layer=layer, vector=vectors if len(vectors) == 1 else vectors[rows])
+            with steered, _greedy(model, tokenizer.eos_token_id, pad) as config:
+                config.max_new_tokens = max_new_tokens
+                answers = _generate(model, tokenized[rows], config, processor)
+            completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
+            bar.update(len(answers))
     return completions
 
 
-def _make_contiguous(_head: torch.nn.Module, args: tuple) -> tuple:
+def _generate(
+    model: Any, prompts: list[Int[Tensor, " t"]], config: GenerationConfig, processor: LogitsProcessor | None = None
+) -> Any:
+    """Return what ``generate`` returns behind prompts that are padded on the left: new tokens alone, or an output."""
+    plain = unwrap(model)
+    tokens = pad_sequence(prompts, batch_first=True, padding_value=config.pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    head = plain.get_output_embeddings()
+    contiguous = nullcontext() if head is None else head.register_forward_pre_hook(_make_contiguous)
+    with contiguous:
+        output = getattr(model, "generate", plain.generate)(
+            input_ids=tokens.to(plain.device),
+            attention_mask=mask.to(plain.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Number(), *([processor] if processor else [])]),
+        )
+    return output[:, tokens.shape[1] :] if isinstance(output, Tensor) else output
+
+
+@contextmanager
+def _greedy(model: Any, end: Any, pad: int) -> Iterator[GenerationConfig]:
+    """Let `model` generate greedily inside the context, with nothing of its generation_config but the end tokens.
+
+    Without them, `end` is the end token. The model is in evaluation mode inside.
+    """
+    plain = unwrap(model)
+    own = plain.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else end
+    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    # generate fills what its argument leaves open from the model's own, and PEFT keeps another.
+    holders = [each for each in dict.fromkeys((plain, model)) if "generation_config" in vars(each)]
+    before = [holder.generation_config for holder in holders]
+    training = [module for module in plain.modules() if module.training]
+    try:
+        plain.eval()
+        for holder in holders:
+            holder.generation_config = config
+        yield config
+    finally:
+        for holder, kept in zip(holders, before, strict=True):
+            holder.generation_config = kept
+        for module in training:
+            module.training = True
+
+
+@once_per_model
+def batches_exactly(model: PreTrainedModel) -> bool:
+    """Return whether a text that is padded in a batch gets the logits that it gets alone.
+
+    Some families count positions from the padding on, or carry it in a recurrent state.
+
+    Raises
+    ------
+    ValueError
+        If the model does not generate at all.
+    """
+    long = probe_tokens(model)[0].cpu()
+    short = long[-2:]
+    with unhooked(model), _greedy(model, None, 0) as config:
+        config.max_new_tokens, config.eos_token_id = 2, None
+        config.output_logits = config.return_dict_in_generate = True
+        try:
+            alone = torch.cat(_generate(model, [short], config).logits)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{type(model).__name__} does not generate from a few tokens: {error}") from error
+        try:
+            together = torch.stack(_generate(model, [long, short], config).logits)[:, 1]
+        except ValueError:  # not a number behind padding, as under eager attention in float64
+            return False
+    return bool((together - alone).norm() <= tolerance(model.dtype) * alone.norm())
+
+
+class _Number(LogitsProcessor):
+    """Refuse logits of which none is the largest."""
+
+    def __call__(self, input_ids: Int[Tensor, "batch t"], scores: Float[Tensor, "batch v"]) -> Float[Tensor, "batch v"]:
+        if scores.isnan().any():
+            raise ValueError(
+                "the model's logits are not a number: are its weights damaged, or does a block overflow? Try "
+                "dtype='float32', or shorter vectors"
+            )
+        return scores
+
+
+def _make_contiguous(_head: nn.Module, args: tuple) -> tuple:
     # torch's matmul on a CPU copies the head's weights once for every strided row: half the time of a completion.
-    return (args[0].contiguous(), *args[1:])
+    return (args[0].contiguous(), *args[1:]) if args else args
 
 
 def generate_per_vector(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    vectors: Float[Tensor, "k d"],
+    vectors: Float[Tensor, "k d"] | ArrayLike,
     *,
     layer: int,
     max_new_tokens: int,
     progress: bool = True,
 ) -> list[list[str]]:
     """Return greedy completions of every text under each vector: k lists, each in the order of `texts`."""
+    vectors = as_rows(vectors, residual_width(model), name="vector")
     completions = generate_completions(
         model,
         tokenizer,
@@ -128,7 +221,7 @@ class _GumbelNoise(LogitsProcessor):
 
 
 def sample_completions(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,

@@ -26,7 +26,7 @@ from dctlib.models.blocks import (
 from dctlib.models.plain_copy import has_adapters, plain_copy
 from dctlib.models.trace import probe_tokens
 from dctlib.models.writers import ResidualWriters, residual_writers
-from dctlib.steering.passes import decoders, devices_of, is_watched, watch_passes
+from dctlib.steering.passes import decoders, devices_of, is_watched, unhooked, watch_passes
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def steer(
     behind_last = layer == len(blocks)
     if not behind_last:
         check_layer(model, layer)
-    vectors = _rows(vector, residual_width(plain), name="vector")
+    vectors = as_rows(vector, residual_width(plain), name="vector")
     everywhere = isinstance(positions, str) and positions == "all"
     chosen = _word_or_mask(positions)
     follow = len(vectors) > 1 or not everywhere
@@ -154,7 +154,8 @@ def ablate(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> I
             args = (*args[:place], _without(args[place], basis), *args[place + 1 :])
         return args, kwargs
 
-    writers = residual_writers(plain).modules
+    with unhooked(plain):  # what is steered already does not change which modules write
+        writers = residual_writers(plain).modules
     inside = {part for block in blocks for part in block.modules()}
     with ExitStack() as hooks:
         for module in writers:
@@ -226,7 +227,7 @@ def _editable_writers(model: PreTrainedModel) -> ResidualWriters:
     return writers
 
 
-def _rows(values: Any, d: int, *, name: str) -> Float[Tensor, "k d"]:
+def as_rows(values: Any, d: int, *, name: str) -> Float[Tensor, "k d"]:
     """Return a tensor, array or list of shape (d,) or (k, d) as finite rows, or raise ValueError."""
     try:
         if isinstance(values, (list, tuple)) and any(isinstance(each, Tensor) for each in values):
@@ -267,7 +268,7 @@ def _cast(vectors: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _span(model: PreTrainedModel, directions: Any) -> Float[Tensor, "k d"]:
     """Return orthonormal rows that span `directions`, in float32 or wider."""
-    rows = _rows(directions, residual_width(model), name="direction")
+    rows = as_rows(directions, residual_width(model), name="direction")
     rows = rows.detach() / rows.detach().abs().amax(dim=1, keepdim=True)  # in its own type, which holds its length
     rows = rows.to(model.device, torch.promote_types(model.dtype, torch.float32))
     if not rows.isfinite().all():

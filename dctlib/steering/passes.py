@@ -24,7 +24,24 @@ def decoders(model: Any) -> list[nn.Module]:
 
 def is_watched(model: Any) -> bool:
     """Return whether `model` is inside a context of :func:`watch_passes`."""
-    return any(hook.__module__ == __name__ for hook in decoders(model)[-1]._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") == __name__ for hook in decoders(model)[-1]._forward_pre_hooks.values())
+
+
+@contextmanager
+def unhooked(model: Any) -> Iterator[None]:
+    """Take the hooks of :func:`dctlib.steer` and :func:`dctlib.ablate` off `model` inside the context."""
+    tables = [hooks for part in unwrap(model).modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    before = [dict(hooks) for hooks in tables]
+    try:
+        for hooks in tables:
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__module__", "").startswith("dctlib.steering."):
+                    del hooks[key]
+        yield
+    finally:
+        for hooks, kept in zip(tables, before, strict=True):
+            hooks.clear()
+            hooks.update(kept)
 
 
 def devices_of(model: Any) -> int:

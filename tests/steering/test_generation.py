@@ -1,13 +1,22 @@
 import copy
+from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from families import family_model
 from tiny import tiny_model, unit_rows
 from tokenizers.processors import TemplateProcessing
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
-from dctlib import steer
-from dctlib.steering.generation import generate_completions, generate_per_vector, sample_completions
+from dctlib import ablate, steer
+from dctlib.steering.generation import (
+    batches_exactly,
+    generate_completions,
+    generate_per_vector,
+    sample_completions,
+)
 
 
 def test_completions_do_not_depend_on_their_neighbours(llama, tokenizer):
@@ -78,25 +87,166 @@ def test_steering_is_the_context_and_is_gone_afterwards(llama, tokenizer):
     assert steered != clean == generate_completions(llama, tokenizer, texts, **options)
 
 
-def test_it_is_greedy_whatever_penalty_a_model_ships(tokenizer):
-    model, options = tiny_model("Llama"), {"max_new_tokens": 8, "progress": False}
-    expected = generate_completions(model, tokenizer, ["w0 w1 w2", "w3"], **options)
-    model.generation_config.repetition_penalty = 5.0
-    tokens = tokenizer("w0 w1 w2", return_tensors="pt")["input_ids"]
-    assert tokenizer.decode(model.generate(tokens, max_new_tokens=8)[0, 3:], skip_special_tokens=True) != expected[0]
-    assert generate_completions(model, tokenizer, ["w0 w1 w2", "w3"], **options) == expected
+SHIPPED = [
+    {"repetition_penalty": 5.0},
+    {"num_beams": 4},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"num_return_sequences": 3, "do_sample": True},
+    {"do_sample": True, "temperature": 3.0, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.5},
+    {"no_repeat_ngram_size": 1},
+    {"min_length": 12},
+    {"min_new_tokens": 8},
+    {"max_length": 4},
+    {"max_time": 0.0},
+    {"forced_bos_token_id": 9},
+    {"forced_eos_token_id": 9},
+    {"suppress_tokens": [*range(6, 40)]},
+    {"begin_suppress_tokens": [*range(6, 60)]},
+    {"bad_words_ids": [[word] for word in range(6, 40)]},
+    {"sequence_bias": [[[word], 50.0] for word in (9, 30)]},
+    {"guidance_scale": 9.0},
+    {"exponential_decay_length_penalty": (1, 9.0)},
+    {"watermarking_config": {"bias": 50.0, "greenlist_ratio": 0.1}},
+    {"prompt_lookup_num_tokens": 2},
+    {"assistant_early_exit": 1},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"dola_layers": "high"},
+    {"stop_strings": ["w"]},
+    {"token_healing": True},
+    {"renormalize_logits": True, "remove_invalid_values": True, "low_memory": True},
+    {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "paged"},
+    {"use_cache": False},
+    {"prefill_chunk_size": 2},
+    {"max_new_tokens": 1},
+    {"bos_token_id": 9, "pad_token_id": 11},
+]
 
 
-def test_it_is_greedy_whatever_number_of_beams_a_model_ships(tokenizer):
-    texts, options = ["w0 w1 w2", "w3"], {"max_new_tokens": 8, "progress": False}
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda shipped: ", ".join(shipped))
+def test_it_is_greedy_whatever_a_model_ships(tokenizer, shipped, caplog, recwarn):
+    texts, options = ["w0 w1 w2", "w3", "w4 w5"], {"max_new_tokens": 8, "progress": False}
     model = tiny_model("Llama")
     expected = generate_completions(model, tokenizer, texts, **options)
     sampled = sample_completions(model, tokenizer, texts, count=2, **options)
-    model.generation_config.num_beams = 4
+    shipping = GenerationConfig(eos_token_id=2)
+    for name, value in shipped.items():
+        setattr(shipping, name, value)
+    model.generation_config = shipping
+    recwarn.clear()
+    transformers.utils.logging.enable_propagation()
+    try:
+        assert generate_completions(model, tokenizer, texts, **options) == expected
+        assert sample_completions(model, tokenizer, texts, count=2, **options) == sampled
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert model.generation_config is shipping
+    assert not caplog.records
+    assert not recwarn.list
+
+
+def test_every_end_token_of_the_model_ends(tokenizer):
+    model, options = tiny_model("Llama"), {"max_new_tokens": 8, "progress": False}
+    whole = generate_completions(model, tokenizer, ["w0 w1 w2"], **options)[0].split()
+    end = whole[2]
+    cut = [" ".join(whole[: whole.index(end) + 1])]
+    assert len(whole) > 3
+    model.generation_config.eos_token_id = [2, tokenizer.convert_tokens_to_ids(end)]
+    assert generate_completions(model, tokenizer, ["w0 w1 w2"], **options) == cut
+    model.generation_config.eos_token_id = None  # then the tokenizer's counts
+    assert generate_completions(model, tokenizer, ["w0 w1 w2"], **options)[0].split() == whole
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = end
+    assert generate_completions(model, tokenizer, ["w0 w1 w2"], **options) == cut
+
+
+def wrapped_by_peft(model: Any) -> Any:
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapted.generation_config = GenerationConfig(num_beams=3, repetition_penalty=4.0)
+    return adapted
+
+
+WRAPPERS = [torch.nn.DataParallel, wrapped_by_peft, lambda model: torch.compile(model, backend="eager")]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["DataParallel", "PEFT", "torch.compile"])
+def test_wrapped_models_complete_alike(llama, tokenizer, wrap):
+    texts, options = ["w0 w1 w2", "w3"], {"max_new_tokens": 5, "progress": False}
+    steering = {"layer": 1, "vector": 8 * unit_rows(2, 32)}
+    expected = [generate_completions(llama, tokenizer, texts, **options, **more) for more in ({}, steering)]
+    model = wrap(tiny_model("Llama"))
+    shipped = getattr(model, "generation_config", None)
+    assert [generate_completions(model, tokenizer, texts, **options, **more) for more in ({}, steering)] == expected
+    assert getattr(model, "generation_config", None) is shipped
+
+
+def test_a_prompt_that_peft_adds_is_kept(tokenizer):
+    tuned: Any = peft.get_peft_model(
+        tiny_model("Llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with torch.no_grad():
+        for parameter in tuned.prompt_encoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    tuned = tuned.double().eval()
+    found = generate_completions(tuned, tokenizer, ["w0 w1 w2", "w3"], max_new_tokens=3, progress=False)
+    assert found[1:] == generate_completions(tuned, tokenizer, ["w3"], max_new_tokens=3, progress=False)
     tokens = tokenizer("w0 w1 w2", return_tensors="pt")["input_ids"]
-    assert tokenizer.decode(model.generate(tokens, max_new_tokens=8)[0, 3:], skip_special_tokens=True) != expected[0]
-    assert generate_completions(model, tokenizer, texts, **options) == expected
-    assert sample_completions(model, tokenizer, texts, count=2, **options) == sampled
+    for _ in range(3):
+        tokens = torch.cat([tokens, tuned(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
+    assert found[0] == tokenizer.decode(tokens[0, 3:])
+
+
+def test_arrays_are_vectors_and_dropout_is_off(llama, tokenizer):
+    texts, vectors = ["w0 w1 w2", "w3 w4"], 8 * unit_rows(2, 32)
+    options = {"max_new_tokens": 6, "layer": 1, "progress": False}
+    expected = generate_completions(llama, tokenizer, texts, vector=vectors, **options)
+    each = generate_per_vector(llama, tokenizer, texts, vectors, **options)
+    dropping = tiny_model("Llama")
+    dropping.config.attention_dropout = 0.9
+    for block in dropping.model.layers:
+        block.self_attn.attention_dropout = 0.9
+    dropping.train()
+    dropping.lm_head.eval()
+    assert generate_completions(dropping, tokenizer, texts, vector=vectors.numpy(), **options) == expected
+    assert generate_per_vector(dropping, tokenizer, texts, vectors.tolist(), **options) == each
+    assert dropping.training
+    assert not dropping.lm_head.training
+
+
+def test_texts_run_one_by_one_where_padding_would_change_them(tokenizer):
+    """Gemma 2 in float64 gives no numbers behind padding; RWKV carries padding in its state."""
+    texts, options = ["w0 w1 w2 w3 w4", "w6 w7", "w8 w9 w10"], {"max_new_tokens": 4, "progress": False}
+    for model, exact in ((tiny_model("Gemma2"), False), (family_model("rwkv"), False), (family_model("llama"), True)):
+        assert batches_exactly(model) == exact
+        together = generate_completions(model, tokenizer, texts, **options)
+        assert together == [generate_completions(model, tokenizer, [text], **options)[0] for text in texts]
+
+
+def test_the_check_of_padding_is_made_without_the_user_s_vectors(llama, tokenizer):
+    texts, vectors = ["w0 w1 w2", "w3", "w4 w5"], 8 * unit_rows(3, 32)
+    options = {"max_new_tokens": 4, "progress": False}
+    with steer(llama, layer=1, vector=vectors), ablate(llama, vectors[0]):
+        found = generate_completions(llama, tokenizer, texts, **options)
+        assert batches_exactly(llama)
+    with ablate(llama, vectors[0]):
+        assert found == generate_completions(llama, tokenizer, texts, layer=1, vector=vectors, **options)
+
+
+def test_logits_that_are_no_number_are_refused(llama, tokenizer):
+    assert batches_exactly(llama)
+    llama.lm_head.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="not a number"):
+        generate_completions(llama, tokenizer, ["w0"], max_new_tokens=2, progress=False)
+
+
+def test_a_model_that_does_not_generate_is_named(llama, tokenizer):
+    def forward(*_args, **_kwargs):
+        raise IndexError("list index out of range")
+
+    llama.forward = forward
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not generate from a few tokens: list index"):
+        generate_completions(llama, tokenizer, ["w0"], max_new_tokens=2, progress=False)
 
 
 def test_each_text_gets_one_begin_of_text_token(llama, tokenizer, monkeypatch):
@@ -108,7 +258,9 @@ def test_each_text_gets_one_begin_of_text_token(llama, tokenizer, monkeypatch):
         generate_completions(llama, adding, texts, max_new_tokens=1, progress=False)
     finally:
         handle.remove()
-    assert [row[row != 0].tolist() for row in seen[0]] == [tokenizer.encode(t) for t in ("<s> w0 w1", "<s> w2 w3 w4")]
+    assert [row[row != 0].tolist() for row in next(each for each in seen if (each == 1).any())] == [
+        tokenizer.encode(t) for t in ("<s> w0 w1", "<s> w2 w3 w4")
+    ]
 
 
 TEXTS = ["w0 w1 w2 w3", "w4"]
