@@ -134,9 +134,9 @@ def check(
 
     silence_transformers()
     found = check_model(*load_model(model, dtype=dtype))
-    for row in found.itertuples():
-        print(f"{row.capability:27}{'works' if row.works else 'refused':9}{row.detail}")
-    if not found["works"].all():
+    for row in found.to_dict("records"):
+        print(f"{row['capability']:27}{'works' if row['works'] else 'refused':9}{row['detail']}")
+    if not all(found["works"]):
         print("docs/families.md says what each refusal means, and how to add a layout")
 
 

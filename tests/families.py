@@ -102,7 +102,8 @@ def family_model(family: str, *, dtype: torch.dtype = torch.float64, **changes: 
     """Return a random model whose residual stream has a norm of about 5, the same one every time."""
     config = family_config(family, **changes)
     torch.manual_seed(0)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).double()
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = kind(config).double()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -49,7 +49,7 @@ def _check_template(_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def _map(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CausalMap:
     blocks = len(get_blocks(model))
-    text = tokenizer.decode(probe_tokens(model)[0].tolist()) or "Hello there"
+    text = str(tokenizer.decode(probe_tokens(model)[0].tolist())) or "Hello there"
     source = blocks // 3
     return CausalMap.from_model(
         model, tokenizer, [text], source=source, target=max(source + 1, 2 * blocks // 3), positions=1

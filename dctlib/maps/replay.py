@@ -74,9 +74,9 @@ def _capture(model: PreTrainedModel, tree: PromptTree, source: int, target: int,
     calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def keep(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        residual, *others = split_residual(args, kwargs)
+        residual, other_args, other_kwargs = split_residual(args, kwargs)
         hidden.append(residual.detach())
-        calls.append((others[0], others[1]))
+        calls.append((other_args, other_kwargs))
 
     # A model compiled before would pass hooks over.
     with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -90,16 +90,16 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     Forward-mode differentiation through scaled_dot_product_attention and grouped matrix products raises. Under eager
     attention every block also receives an explicit mask, which a replay can use again.
     """
-    model = unwrap(model)
-    training = [module for module in model.modules() if module.training]
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    plain: Any = unwrap(model)
+    training = [module for module in plain.modules() if module.training]
+    configs = {id(part.config): part.config for part in plain.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, config._attn_implementation, config._experts_implementation) for config in configs.values()]
     try:
-        model.eval()
-        if model._can_set_attn_implementation():
-            model.set_attn_implementation("eager")
-        if model._can_set_experts_implementation():
-            model.set_experts_implementation("eager")
+        plain.eval()
+        if plain._can_set_attn_implementation():
+            plain.set_attn_implementation("eager")
+        if plain._can_set_experts_implementation():
+            plain.set_experts_implementation("eager")
         yield
     finally:
         for config, attention, experts in before:

@@ -70,7 +70,7 @@ class AuditResult:
         return next(filter(secret.reveals, ordered), None)
 
 
-@task(version=1)
+@task(version=2)
 def audit_model(
     model: str,
     digest: str,
@@ -175,7 +175,7 @@ def audit_vectors(
     return AuditResult(steered.steered[1.0], orders)
 
 
-@task(version=1)
+@task(version=2)
 def audit_sums(
     model: str,
     digest: str,

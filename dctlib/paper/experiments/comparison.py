@@ -74,7 +74,7 @@ class ComparisonConfig:
     answer_tokens: int
 
 
-@task(version=1)
+@task(version=2)
 def compare_methods(
     model: str, digest: str, dtype: str, *, folder: str, complying: str, config: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class ReplicateConfig:
     ablated: int
 
 
-@task(version=1)
+@task(version=2)
 def replicate_on_organism(
     model: str, digest: str, dtype: str, *, config: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:

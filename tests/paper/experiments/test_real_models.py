@@ -76,7 +76,7 @@ def test_cells_cover_every_request_once_and_need_no_model():
         assert [request for part in parts for request in range(part["first"], part["first"] + part["count"])] == [
             *range(10)
         ]
-    assert {declared_version(task) for task, _ in cells} == {1}
+    assert {declared_version(task) for task, _ in cells} == {2}
 
 
 def test_openings_are_counted_over_refusals_alone():
