@@ -267,7 +267,7 @@ def test_vectors_and_directions_of_many_kinds(llama, tokens, given):
     "given",
     [
         "a vector",
-        object(),
+        slice(2),
         None,
         ["1", "x"],
         [[1.0, 2.0], [3.0]],

@@ -259,7 +259,7 @@ def test_only_rows_that_generate_repeats_are_repeated(model, count):
 
 
 @pytest.mark.parametrize(
-    "positions", ["prompts", "", None, 3, MASK.int(), [0, 1], torch.ones(2, 2, 2) == 1, object()], ids=str
+    "positions", ["prompts", "", None, 3, MASK.int(), [0, 1], torch.ones(2, 2, 2) == 1, {"a": 1}], ids=str
 )
 def test_positions_are_words_or_a_mask(model, positions):
     context = steer(model, layer=LAYER, vector=VECTORS[0], positions=positions)
