@@ -162,7 +162,11 @@ class Passes:
         given = {**inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
         mask = given.get("attention_mask")
         self._packed = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
-        caches = [given[name] for name in _CACHE_NAMES if given.get(name) is not None]
+        caches = [
+            value
+            for name, value in given.items()
+            if value is not None and (name in _CACHE_NAMES or (hasattr(value, "update") and not isinstance(value, dict)))
+        ]
         try:
             self._past = int(caches[0].get_seq_length()) if caches else 0
         except (AttributeError, ValueError):  # a recurrent state does not count its tokens
@@ -283,8 +287,15 @@ def watch_passes(model: Any, sites: Sequence[nn.Module], *, follow: bool = False
                 f"the model without it"
             )
 
+    manager = "_cached_continuous_batching_manager"
+    if hasattr(plain, manager):
+        raise ValueError(
+            "continuous batching keeps states and graphs of earlier passes; call "
+            "model.destroy_cached_continuous_batching_manager() first"
+        )
     passes = Passes()
     with ExitStack() as exits:
+        exits.callback(lambda: hasattr(plain, manager) and plain.destroy_cached_continuous_batching_manager())
         exits.enter_context(torch.compiler.set_stance("force_eager"))
         for site in sites:
             exits.enter_context(site.register_forward_pre_hook(functools.partial(call, site)))

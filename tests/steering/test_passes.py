@@ -274,3 +274,21 @@ def test_blocks_run_alone_keep_a_vector_that_they_are_given(llama, tokenizer):
             logits = llama(tokens).logits[0, -1, [4, 5]]
     torch.testing.assert_close(scores[0].double(), logits[0] - logits[1], rtol=1e-5, atol=1e-5)
     assert get_blocks(unwrap(llama))[0]._forward_pre_hooks == {}
+
+
+def test_continuous_batching_that_remembers_is_refused_before_and_forgotten_afterwards(llama):
+    """A manager keeps states of prompts and, on a GPU, graphs."""
+    stopped = []
+    llama.destroy_cached_continuous_batching_manager = lambda: stopped.append(
+        vars(llama).pop("_cached_continuous_batching_manager")
+    )
+    with steer(llama, layer=1, vector=VECTOR):
+        llama._cached_continuous_batching_manager = "made inside"
+    assert stopped == ["made inside"]
+    with steer(llama, layer=1, vector=VECTOR):
+        pass
+    llama._cached_continuous_batching_manager = "made before"
+    context = ablate(llama, VECTOR)
+    with pytest.raises(ValueError, match=r"destroy_cached_continuous_batching_manager\(\) first"), context:
+        pass
+    assert stopped == ["made inside"]

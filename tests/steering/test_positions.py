@@ -1,5 +1,6 @@
 """Which tokens are steered, and with which row's vector; the reference runs the whole sequence again for each token."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +212,8 @@ def test_what_cannot_be_told_is_refused(model):
             model(PROMPTS[:, :3], past_key_values=past)
         with refused("did not prepare"):
             model.generate(PROMPTS, guidance_scale=2.0, **GREEDY)
+        with refused("5 tokens behind a past"):  # continuous batching packs requests behind a cache of its own
+            model(PROMPTS, cache=SimpleNamespace(update=None))
         with refused("outside its model"):
             get_blocks(model)[LAYER](torch.zeros(1, 2, D, dtype=torch.float64))
         model(PROMPTS)  # and nothing is left of it
