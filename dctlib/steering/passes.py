@@ -165,7 +165,8 @@ class Passes:
         caches = [
             value
             for name, value in given.items()
-            if value is not None and (name in _CACHE_NAMES or (hasattr(value, "update") and not isinstance(value, dict)))
+            if value is not None
+            and (name in _CACHE_NAMES or (hasattr(value, "update") and not isinstance(value, dict)))
         ]
         try:
             self._past = int(caches[0].get_seq_length()) if caches else 0
@@ -178,48 +179,53 @@ class Passes:
     @contextmanager
     def follow_generate(self, plain: Any) -> Iterator[None]:
         """Note the prompts, the repetitions and the next tokens of every ``generate`` of `plain`."""
-        methods = {
-            name: getattr(plain, name)
-            for name in ("generate", "_expand_inputs_for_generation", "prepare_inputs_for_generation")
-        }
-        own = {name: vars(plain).get(name) for name in methods}
+        names = ("generate", "_expand_inputs_for_generation", "prepare_inputs_for_generation", "heal_tokens")
+        own = {name: vars(plain).get(name) for name in names}
+        run, expand, prepare, _ = methods = [getattr(plain, name, None) for name in names]
 
-        @functools.wraps(methods["generate"])
-        def generate(*args: Any, **kwargs: Any) -> Any:
+        def follow_run(*args: Any, **kwargs: Any) -> Any:
             outer = self._generation
             mask = kwargs.get("attention_mask")
             # A draft model that is this model generates within a call: the prompt stays the outer one's.
             known = outer.prompt_tokens if outer else 0
-            self._generation = _Generation(prompt_tokens=known, length=0 if mask is None else mask.shape[1])
+            generation = _Generation(prompt_tokens=known, length=0 if mask is None else mask.shape[1])
+            self._generation = generation
             try:
-                return methods["generate"](*args, **kwargs)
+                result = run(*args, **kwargs)
             finally:
                 self._generation = outer
+            if not generation.prompts:
+                raise ValueError(
+                    "generate kept its prompts to itself, as continuous batching does, so rows and positions are not "
+                    "known; steer by one vector at all positions"
+                )
+            return result
 
-        @functools.wraps(methods["_expand_inputs_for_generation"])
-        def expand(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(methods["_expand_inputs_for_generation"]).bind(*args, **kwargs).arguments
-            given |= given.pop("model_kwargs", {})
+        def follow_expand(*args: Any, **kwargs: Any) -> Any:
+            given = {**inspect.signature(expand).bind(*args, **kwargs).arguments, **kwargs}
             inputs = [each for name in ("input_ids", "inputs_embeds") if (each := given.get(name)) is not None]
             if (generation := self._generation) is not None and inputs:
                 generation.prompts, generation.expansion = len(inputs[0]), given.get("expand_size", 1)
                 widths = [each.shape[1] for each in inputs]
                 generation.prompt_tokens = generation.prompt_tokens or max(*widths, generation.length)
-            return methods["_expand_inputs_for_generation"](*args, **kwargs)
+            return expand(*args, **kwargs)
 
-        @functools.wraps(methods["prepare_inputs_for_generation"])
-        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            prepared = methods["prepare_inputs_for_generation"](input_ids, *args, **kwargs)
+        def follow_prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(input_ids, *args, **kwargs)
             if (generation := self._generation) is not None:
                 tokens, embeddings = prepared.get("input_ids"), prepared.get("inputs_embeds")
                 generation.inputs = embeddings if tokens is None else tokens
                 generation.length = input_ids.shape[1]
             return prepared
 
+        def refuse_healing(*_args: Any, **_kwargs: Any) -> Any:
+            raise ValueError("token_healing rewrites the end of a prompt, which then has no length; leave it out")
+
+        followers = (follow_run, follow_expand, follow_prepare, refuse_healing)
         replaced = {
-            "generate": generate,
-            "_expand_inputs_for_generation": expand,
-            "prepare_inputs_for_generation": prepare,
+            name: functools.wraps(method)(follower)
+            for name, method, follower in zip(names, methods, followers, strict=True)
+            if method is not None  # a model without an output head generates nothing
         }
         vars(plain).update(replaced)
         try:

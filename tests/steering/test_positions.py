@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import family_model
-from tiny import tiny_model, unit_rows
+from tiny import tiny_model, tiny_tokenizer, unit_rows
 
 from dctlib import steer
 from dctlib.models.blocks import get_blocks, split_residual
@@ -201,6 +201,17 @@ def test_passes_outside_generate(model, positions):
         torch.testing.assert_close(model.lm_head(inner)[row], expected[:5], rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_a_head(model):
+    from transformers import LlamaModel
+
+    bare = LlamaModel(model.config).double().eval()
+    bare.load_state_dict(model.model.state_dict())
+    expected = [reference_logits(model, PROMPTS[row], VECTORS[row], MASK) for row in range(2)]
+    with steer(bare, layer=LAYER, vector=VECTORS, positions=MASK):
+        found = model.lm_head(bare(PROMPTS).last_hidden_state)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
 def refused(message):
     return pytest.raises(ValueError, match=message)
 
@@ -214,6 +225,12 @@ def test_what_cannot_be_told_is_refused(model):
             model.generate(PROMPTS, guidance_scale=2.0, **GREEDY)
         with refused("5 tokens behind a past"):  # continuous batching packs requests behind a cache of its own
             model(PROMPTS, cache=SimpleNamespace(update=None))
+        with refused("token_healing rewrites"):
+            model.generate(PROMPTS, token_healing=True, tokenizer=tiny_tokenizer(), **GREEDY)
+        with refused("kept its prompts to itself"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "_expand_inputs_for_generation", lambda *_, **given: (given["input_ids"], {}))
+            model._expand_inputs_for_generation = type(model)._expand_inputs_for_generation
+            model.generate(PROMPTS, custom_generate=lambda model, input_ids, **_: input_ids)
         with refused("outside its model"):
             get_blocks(model)[LAYER](torch.zeros(1, 2, D, dtype=torch.float64))
         model(PROMPTS)  # and nothing is left of it
