@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dctlib.models.adapters import merge_adapter, read_base
 from dctlib.models.checkpoints import check_checkpoint, load_weights
-from dctlib.models.sources import Source, find_source
+from dctlib.models.sources import TOKENIZER, Source, find_source
 
 
 def load_model(
@@ -66,8 +66,8 @@ def load_model(
     if base := read_base(found):
         source = find_source(base)
     config = check_checkpoint(source)
-    beside = found if found.has(r"tokenizer(_config)?\.json") else source
-    loaded_tokenizer = _load_tokenizer(find_source(tokenizer) if tokenizer else beside)
+    beside = found if found.has(TOKENIZER) else source
+    loaded_tokenizer = _load_tokenizer(find_source(tokenizer, of=TOKENIZER) if tokenizer else beside)
     if dtype is None and getattr(config, "quantization_config", None):
         weights_dtype = None
     model = load_weights(source, config, device=device, dtype=weights_dtype, spread=spread)

@@ -56,8 +56,19 @@ class Source:
         return Path(hf_hub_download(self.location, name, revision=self.revision))
 
 
-def find_source(name: str | Path) -> Source:
+_MODEL = r"(adapter_)?config\.json"
+
+TOKENIZER = r"(tokenizer|vocab|spiece).*"
+"""What the name of a tokenizer's file matches."""
+
+
+def find_source(name: str | Path, *, of: str = _MODEL) -> Source:
     """Return where the files of `name` are, as :func:`dctlib.load_model` takes it. Nothing large is downloaded.
+
+    Parameters
+    ----------
+    of : str
+        A regular expression for the name of a file that a folder has to hold.
 
     Raises
     ------
@@ -65,12 +76,12 @@ def find_source(name: str | Path) -> Source:
         If there is no such file, folder or repository, or a pinned model cannot be made.
     """
     if str(name) in assets.MODELS:
-        return _folder(assets.fetch_model(str(name)))
+        return _folder(assets.fetch_model(str(name)), of)
     for path in (Path(name).expanduser(), ROOT / name):
         if path.is_file():
             return _file(path)
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, of)
     location, _, revision = str(name).partition("@")
     local = location.startswith("models/")
     if not local and (parts := re.fullmatch(_HUB_FILE, location)):
@@ -93,13 +104,15 @@ def _file(path: Path) -> Source:
     return Source(str(path), None, frozenset({path.name}))
 
 
-def _folder(path: Path) -> Source:
+def _folder(path: Path, of: str = _MODEL) -> Source:
     files = frozenset(child.name for child in path.iterdir())
     source = Source(str(path), None, files)
-    if source.has(r"(adapter_)?config\.json"):
+    if source.has(of):
         return source
     if source.has(r".*\.gguf"):
         raise ValueError(f"{path} is a folder of GGUF files; pass one of them: {_ggufs(source)}")
+    if of != _MODEL:
+        raise ValueError(f"{path} is a folder without a tokenizer's files")
     raise ValueError(f"{path} is a folder without config.json, so not a saved model; did its stage finish?")
 
 

@@ -233,6 +233,11 @@ def test_a_tokenizer_may_lie_elsewhere(folder, tmp_path):
         load_model(tmp_path / "model", device="cpu")
     _, tokenizer = load_model(tmp_path / "model", device="cpu", tokenizer=str(folder))
     assert tokenizer("w0 w1")["input_ids"] == [6, 7]
+    tiny_tokenizer().save_pretrained(tmp_path / "words")
+    _, tokenizer = load_model(tmp_path / "model", device="cpu", tokenizer=str(tmp_path / "words"))
+    assert tokenizer("w0 w1")["input_ids"] == [6, 7]
+    with pytest.raises(ValueError, match="model is a folder without a tokenizer's files"):
+        load_model(tmp_path / "model", device="cpu", tokenizer=str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Llama"])
