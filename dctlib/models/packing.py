@@ -131,20 +131,18 @@ def supports_packing(model: PreTrainedModel) -> bool:
 def _tree_equals_prompts(model: PreTrainedModel) -> bool:
     """Return whether errors are small beside what exchanging one token changes at the next.
 
-    Half precision rounds the same prompt differently in a tree. So what one branch of a tree changes in the other,
-    which nothing rounds, has a bound of its own.
+    A prompt alone gets further tokens behind its own, as many in all as the tree has, so that both round alike.
     """
-    start, first, second, last, tail, others = _ordinary_tokens(model, 4, 1, 1, 1, 8, 10)
+    start, first, second, last, tail, behind = _ordinary_tokens(model, 4, 1, 1, 1, 8, 10)
     prompts = [start + first + last + tail, start + second + last]
-    tree, changed = PromptTree.from_prompts(prompts), PromptTree.from_prompts([start + others, prompts[1]])
-    alone = [_logits(model, PromptTree.from_prompts([prompt])) for prompt in prompts]
-    found, elsewhere = _logits(model, tree), _logits(model, changed)
-    place = len(prompts[1]) - 1  # of `last`
+    tree = PromptTree.from_prompts(prompts)
+    size = tree.tokens.shape[1]
+    alone = [_logits(model, PromptTree.from_prompts([(prompt + behind)[:size]])) for prompt in prompts]
+    found, place = _logits(model, tree), len(prompts[1]) - 1  # of `last`
     scale = (alone[0][place] - alone[1][place]).norm()
-    errors = [(found[path] - expected).norm(dim=-1).max() for path, expected in zip(tree.paths, alone, strict=True)]
-    leak = (found - elsewhere)[tree.paths[1]].norm(dim=-1).max()
-    precise = torch.finfo(model.dtype).bits >= 32
-    return bool(max(errors) < (1e-3 if precise else 0.1) * scale and leak < (1e-3 if precise else 0.02) * scale)
+    pairs = zip(tree.paths, alone, strict=True)
+    error = max((found[path] - expected[: len(path)]).norm(dim=-1).max() for path, expected in pairs)
+    return bool(error < (1e-3 if torch.finfo(model.dtype).bits >= 32 else 0.02) * scale)
 
 
 def _logits(model: Any, tree: PromptTree) -> Tensor:
