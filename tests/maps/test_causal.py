@@ -154,6 +154,26 @@ def test_prompts_of_unequal_length_equal_one_by_one(llama, tokenizer, texts):
     assert_near(together, torch.stack(alone).mean(0), 1e-6)
 
 
+def test_layers_that_pass_no_gradient_on_are_refused(llama, tokenizer, texts, monkeypatch):
+    """As int8 weights with quantised activations do, without an error."""
+    projection = llama.model.layers[2].mlp.down_proj
+    monkeypatch.setattr(projection, "forward", lambda x: torch.nn.functional.linear(x.detach(), projection.weight))
+    monkeypatch.setattr(llama.model.layers[1], "forward", _without_gradient(llama.model.layers[1].forward))
+    cmap = CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)
+    assert cmap(unit_rows(1, D)).norm() > 0
+    for product in (cmap.vjp, cmap.jvp, cmap.second_derivative):
+        with pytest.raises(ValueError, match=r"not its slopes|cannot be differentiated"):
+            product(unit_rows(1, D), unit_rows(1, D))
+
+
+def _without_gradient(forward):
+    def detached(hidden, *args, **kwargs):
+        output = forward(hidden.detach(), *args, **kwargs)
+        return output - hidden.detach() + hidden  # the residual alone has one
+
+    return detached
+
+
 def test_value_and_vjp_is_both(llama, tokenizer, texts):
     cmap = CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)
     theta, u = unit_rows(3, D), unit_rows(3, D, seed=1)
