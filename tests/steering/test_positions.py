@@ -228,8 +228,7 @@ def test_what_cannot_be_told_is_refused(model):
         with refused("token_healing rewrites"):
             model.generate(PROMPTS, token_healing=True, tokenizer=tiny_tokenizer(), **GREEDY)
         with refused("kept its prompts to itself"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(model), "_expand_inputs_for_generation", lambda *_, **given: (given["input_ids"], {}))
-            model._expand_inputs_for_generation = type(model)._expand_inputs_for_generation
+            patch.setattr(model, "_expand_inputs_for_generation", lambda **given: (given["input_ids"], {}))
             model.generate(PROMPTS, custom_generate=lambda model, input_ids, **_: input_ids)
         with refused("outside its model"):
             get_blocks(model)[LAYER](torch.zeros(1, 2, D, dtype=torch.float64))
