@@ -181,7 +181,8 @@ class Passes:
         """Note the prompts, the repetitions and the next tokens of every ``generate`` of `plain`."""
         names = ("generate", "_expand_inputs_for_generation", "prepare_inputs_for_generation", "heal_tokens")
         own = {name: vars(plain).get(name) for name in names}
-        run, expand, prepare, _ = methods = [getattr(plain, name, None) for name in names]
+        methods: list[Any] = [getattr(plain, name, None) for name in names]
+        run, expand, prepare, _ = methods
 
         def follow_run(*args: Any, **kwargs: Any) -> Any:
             outer = self._generation
