@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers
+    from dctlib.discovery.search import search_vectors as search_vectors
     from dctlib.fits.baselines import random_vectors as random_vectors
     from dctlib.fits.calibration import calibrate as calibrate
     from dctlib.fits.power_steering import power_steering as power_steering
@@ -37,6 +38,7 @@ _DEFINED_IN = {
     "power_steering": "fits.power_steering",
     "random_vectors": "fits.baselines",
     "score_vectors": "steering.scoring",
+    "search_vectors": "discovery.search",
     "steer": "steering.hooks",
 }
 

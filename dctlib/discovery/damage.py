@@ -1,0 +1,94 @@
+"""Damage of steering vectors: how far they change what follows in the model's own answers to harmless requests."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.maps.replay import capture, replay
+from dctlib.models.blocks import eager_attention, get_blocks
+from dctlib.models.chat import Instruction, format_chat
+from dctlib.models.likelihood import Example, pack_answers
+from dctlib.models.logits import compute_logits
+from dctlib.steering.generation import generate_completions
+
+_TOKENS = 2560  # of a batch of vectors
+
+
+def unsteered_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[Instruction],
+    *,
+    max_new_tokens: int = 16,
+    **chat: Any,
+) -> list[Example]:
+    """Return each instruction in chat format with the beginning of the model's greedy answer.
+
+    Instructions to which the model says nothing are left out.
+
+    Raises
+    ------
+    ValueError
+        If the model answers none of them.
+    """
+    texts = format_chat(tokenizer, instructions, **chat)
+    answers = generate_completions(model, tokenizer, texts, max_new_tokens=max_new_tokens, progress=False)
+    pairs = zip(texts, answers, strict=True)
+    examples = [Example(text, answer, ends=False) for text, answer in pairs if answer.strip()]
+    if not examples:
+        raise ValueError(
+            f"the model answers none of {len(texts)} harmless requests, expected text; try others as `benign`"
+        )
+    return examples
+
+
+@torch.no_grad()
+def measure_damage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    vectors: Float[Tensor, "k d"],
+    *,
+    layer: int,
+) -> Float[Tensor, " k"]:
+    """Return the mean KL(steered ‖ unsteered) of the next token over all tokens of the answers, in nats.
+
+    The tokens are those of the given answers whatever the steered model would say, which is called teacher forcing.
+    Blocks below `layer` run once for all vectors.
+
+    Parameters
+    ----------
+    examples : sequence of Example
+        Prompts and answers, see :func:`unsteered_answers`.
+    vectors : Tensor, (k, d)
+        Each is added to h_layer at every position.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be replayed from `layer` on, or a logit is not finite.
+    """
+    blocks = list(get_blocks(model))[layer:]
+    vectors = vectors.to(model.device)
+    total, count = torch.zeros(len(vectors), dtype=torch.float64), 0
+    with eager_attention(model), torch.compiler.set_stance("force_eager"):
+        for tree, starts in pack_answers(model, tokenizer, examples):
+            prompts = capture(model, tree, source=layer, target=layer + len(blocks))
+            before = torch.cat([path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)])
+            unsteered = _log_probabilities(model, replay(blocks, prompts, 0 * vectors[:1])[0, before])
+            damages = []
+            for batch in vectors.split(max(1, _TOKENS // tree.tokens.shape[1])):
+                for hidden in replay(blocks, prompts, batch):
+                    steered = _log_probabilities(model, hidden[before])
+                    damages.append(torch.sum(steered.exp() * (steered - unsteered)).double().cpu())
+            total += torch.stack(damages)
+            count += len(before)
+    return (total / count).float()
+
+
+def _log_probabilities(model: PreTrainedModel, hidden: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens v"]:
+    return compute_logits(model, hidden).log_softmax(-1)

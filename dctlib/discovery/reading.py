@@ -1,0 +1,160 @@
+"""Completions under steering vectors and their scores, and successive halving by them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.discovery.criteria import Criteria, Grades
+from dctlib.models.chat import Instruction, format_chat
+from dctlib.steering.generation import generate_per_vector
+
+Judge = Callable[[Sequence[Instruction], Sequence[str]], Sequence[bool]]
+"""``judge(requests, completions)``: a verdict on each completion of the request at its place."""
+
+_PROMPTS = 4  # of the first round of a halving
+_CONSISTENT = 0.75  # fraction of prompts that count, the worst ones: no single prompt makes a vector
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Completions of n requests under k vectors, judged and graded.
+
+    Attributes
+    ----------
+    completions : list of list of str
+        For each vector its n completions.
+    grades : Grades
+        Of each, by the criteria.
+    verdicts : Tensor, (k, n), or None
+        1 where the judge said True, 0 elsewhere; None without a judge.
+    """
+
+    completions: list[list[str]]
+    grades: Grades
+    verdicts: Float[Tensor, "k n"] | None
+
+    @property
+    def each(self) -> Float[Tensor, "k n"]:
+        """The score of every completion, from 0 to 1: its verdict or, without a judge, its grade."""
+        return self.grades.product if self.verdicts is None else self.verdicts
+
+    def scores(self, prompts: slice = slice(None)) -> list[float]:
+        """Return the score of each vector: its fraction of True, or the mean grade of its worst three quarters."""
+        if self.verdicts is not None:
+            return self.verdicts[:, prompts].mean(1).tolist()
+        return _consistent(self.grades.product[:, prompts])
+
+    def keys(self) -> list[tuple[float, float]]:
+        """Return what vectors are sorted by: their scores and, among equals under a judge, their grades."""
+        return list(zip(self.scores(), _consistent(self.grades.product), strict=True))
+
+    def order(self) -> list[int]:
+        """Return the rows of the vectors, best first."""
+        keys = self.keys()
+        return sorted(range(len(keys)), key=lambda row: keys[row], reverse=True)
+
+
+def _consistent(grades: Float[Tensor, "k n"]) -> list[float]:
+    return grades.sort(dim=1).values[:, : math.ceil(_CONSISTENT * grades.shape[1])].mean(1).tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """What it takes to read completions: the model, the layer to steer, the criteria, and the judge if there is one."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layer: int
+    criteria: Criteria
+    judge: Judge | None
+    chat: dict[str, Any] = field(default_factory=dict)
+
+    def read(
+        self,
+        requests: Sequence[Instruction],
+        vectors: Float[Tensor, "k d"],
+        *,
+        max_new_tokens: int,
+        read_request: bool = True,
+    ) -> Reading:
+        """Complete requests under each vector, and judge and grade the completions.
+
+        `read_request` is that of :meth:`dctlib.discovery.criteria.Criteria.grade`.
+        """
+        texts = format_chat(self.tokenizer, requests, **self.chat)
+        with_zero = torch.cat([torch.zeros_like(vectors[:1]), vectors])
+        unsteered, *completions = generate_per_vector(
+            self.model,
+            self.tokenizer,
+            texts,
+            with_zero,
+            layer=self.layer,
+            max_new_tokens=max_new_tokens,
+            progress=False,
+        )
+        grades = self.criteria.grade(texts, unsteered, completions, read_request=read_request)
+        verdicts = None
+        if self.judge:
+            flat = [completion for each in completions for completion in each]
+            found = ask_judge(self.judge, [*requests] * len(completions), flat)
+            verdicts = torch.tensor(found, dtype=torch.float).view(len(completions), -1)
+        return Reading(completions, grades, verdicts)
+
+
+def ask_judge(judge: Judge, requests: Sequence[Instruction], completions: Sequence[str]) -> list[bool]:
+    """Return a judge's verdicts.
+
+    Raises
+    ------
+    ValueError
+        If they are not one True or False for each completion.
+    """
+    verdicts: Any = judge(requests, completions)
+    found = verdicts.tolist() if hasattr(verdicts, "tolist") else verdicts  # of an array or a tensor
+    if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != len(completions):
+        raise ValueError(
+            f"the judge returned {found!r:.100} for {len(completions)} completions, expected a list with one True or "
+            f"False for each"
+        )
+    if wrong := [verdict for verdict in found if not isinstance(verdict, bool | np.bool_)]:
+        raise ValueError(f"the judge returned the verdict {wrong[0]!r:.100}, expected True or False")
+    return [bool(verdict) for verdict in found]
+
+
+def halve(
+    reader: Reader,
+    requests: Sequence[Instruction],
+    vectors: Float[Tensor, "m d"],
+    *,
+    most: int,
+    least: int,
+    max_new_tokens: int,
+) -> list[int]:
+    """Return the rows of at most `most` vectors, best first, by successive halving on the text that they cause.
+
+    The first round reads all vectors on four requests, for a quarter of `max_new_tokens`. Each round keeps the upper
+    third, and the next reads it on twice the requests for twice the tokens.
+
+    Parameters
+    ----------
+    most : int
+        Rounds end when no more are left.
+    least : int
+        A round keeps at least as many.
+    """
+    rows = [*range(len(vectors))]
+    prompts, tokens = _PROMPTS, max(1, max_new_tokens // 4)
+    while len(rows) > most:
+        first = len(rows) == len(vectors)  # its few tokens hold an opening, before the topic
+        reading = reader.read(requests[:prompts], vectors[rows], max_new_tokens=tokens, read_request=not first)
+        kept = max(min(least, most), math.ceil(len(rows) / 3))
+        rows = [rows[place] for place in reading.order()[:kept]]
+        prompts, tokens = 2 * prompts, min(2 * tokens, max_new_tokens)
+    return rows

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from dctlib import format_chat, generate_completions
+from dctlib.discovery.criteria import Criteria
+from dctlib.discovery.damage import unsteered_answers
+from dctlib.models.likelihood import Example
+
+INSTRUCTIONS = ["w0 w1", "w2 w3 w4", "w5"]
+BENIGN = ["w20 w21", "w22", "w23 w24", "w25", "w26 w27"]
+
+
+@pytest.fixture
+def texts(tokenizer):
+    return format_chat(tokenizer, INSTRUCTIONS)
+
+
+@pytest.fixture
+def unsteered(llama, tokenizer, texts):
+    return generate_completions(llama, tokenizer, texts, max_new_tokens=6, progress=False)
+
+
+@pytest.fixture
+def criteria(llama, tokenizer, texts):
+    return Criteria(llama, tokenizer, texts[:2], math.inf)
+
+
+def nll(model, tokenizer, prompt, answer):
+    """Mean −log p of a token, by the whole model on one text."""
+    tokens = tokenizer(f"{prompt} {answer}", return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    count = len(answer.split())
+    logits = model(tokens[None]).logits[0, -count - 1 : -1].log_softmax(-1)
+    return -logits.gather(1, tokens[-count:, None]).mean().item()
+
+
+def test_novelty_is_how_much_less_likely_than_the_unsteered_answer(llama, tokenizer, criteria, texts, unsteered):
+    said = ["w40 w41 w42", "w43 w44 w45 w46", "w47"]
+    grades = criteria.grade(texts, unsteered, [said], read_request=False)
+    for i in range(3):
+        excess = nll(llama, tokenizer, texts[i], said[i]) - nll(llama, tokenizer, texts[i], unsteered[i])
+        assert excess > 0
+        assert grades.novelty[0, i].item() == pytest.approx(1 - math.exp(-excess), abs=1e-5)
+    assert grades.reopened.all() and grades.varied.all() and grades.on_request.all()
+    torch.testing.assert_close(grades.product, grades.novelty)  # no bound on fluency, and the request was not read
+
+
+def test_fluency_falls_beyond_the_bound(llama, tokenizer, texts, unsteered):
+    said = ["w40 w41 w42", "w43 w44 w45 w46", "w47"]
+    general = [sum(nll(llama, tokenizer, text, answer) for text in texts[:2]) / 2 for answer in said]
+    bound = sorted(general)[1]
+    grades = Criteria(llama, tokenizer, texts[:2], bound).grade(texts, unsteered, [said])
+    expected = [math.exp(min(0.0, bound - each)) for each in general]
+    assert min(expected) < 0.999
+    assert grades.fluency[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_bound_is_what_the_model_says_to_harmless_requests(llama, tokenizer):
+    examples = unsteered_answers(llama, tokenizer, BENIGN, max_new_tokens=5)
+    criteria = Criteria.from_answers(llama, tokenizer, examples)
+    assert criteria.neutral == [each.prompt for each in examples[:2]]
+    general = [sum(nll(llama, tokenizer, p, each.answer) for p in criteria.neutral) / 2 for each in examples[2:]]
+    assert criteria.max_nll == pytest.approx(torch.tensor(general).quantile(0.9).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("answers", [["w1"] * 2, ["<think> w1", "w1", "<think> w2", "<think>"]])
+def test_a_bound_needs_answers(llama, tokenizer, answers):
+    with pytest.raises(ValueError, match="harmless requests"):
+        Criteria.from_answers(llama, tokenizer, [Example("user w1", each, False) for each in answers])
+
+
+def test_relevance_tells_an_answer_from_the_answer_of_another_request(llama, tokenizer, criteria, texts, unsteered):
+    swapped = [unsteered[1], unsteered[2], unsteered[0]]
+    own = [nll(llama, tokenizer, text, answer) for text, answer in zip(texts, swapped, strict=True)]
+    others = [
+        sum(nll(llama, tokenizer, text, swapped[i]) for j, text in enumerate(texts) if j != i) / 2 for i in range(3)
+    ]
+    grades = criteria.grade(texts, unsteered, [swapped])
+    expected = [other - one >= 0.1 for other, one in zip(others, own, strict=True)]
+    assert not all(expected)
+    assert grades.on_request[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "<think> w40 w41",  # a thought alone
+        "w40 w40 w40 w40 w40 w40 w40 w40",
+        "OPENING w50 w51 w52 w53",  # as the unsteered answer opens
+    ],
+)
+def test_a_product_is_zero_where_one_criterion_fails(criteria, texts, unsteered, said):
+    said = [said.replace("OPENING", " ".join(answer.split()[:3])) for answer in unsteered]
+    grades = criteria.grade(texts, unsteered, [said, ["w40 w41 w42 w43"] * 3], read_request=False)
+    assert grades.product[0].tolist() == [0, 0, 0]
+    assert (grades.product[1] > 0).all()
+
+
+def test_what_is_said_unsteered_is_worth_nothing(criteria, texts, unsteered):
+    assert not criteria.grade(texts, unsteered, [unsteered]).product.any()
+
+
+def test_the_usual_opening_of_other_answers_is_not_new(criteria, texts):
+    before = ["w30 w31 w32 w33", "w30 w31 w32 w34", "w35 w36 w37"]
+    grades = criteria.grade(texts, before, [["w40 w41 w42", "w40 w41 w42", "w30 w31 w32 w39"]])
+    assert grades.reopened.tolist() == [[True, True, False]]
+
+
+def test_a_refusal_in_other_words_is_not_new_but_one_of_what_was_answered_is(criteria, texts):
+    before = ["w4 I cannot help with that", "w5 w6 w7 w8", "w9 w10 w11 w12"]
+    said = ["w1 w2 w3 I cannot assist with that"] * 3
+    assert criteria.grade(texts, before, [said]).reopened.tolist() == [[False, True, True]]

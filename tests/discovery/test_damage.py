@@ -1,0 +1,93 @@
+import math
+
+import pytest
+import torch
+from tiny import assert_near, tiny_model, unit_rows
+
+from dctlib import format_chat, steer
+from dctlib.discovery.damage import measure_damage, unsteered_answers
+from dctlib.discovery.lengths import longest_within
+from dctlib.models.likelihood import Example
+
+INSTRUCTIONS = ["w0 w1", "w2 w3 w4", "w5"]
+EXAMPLES = [
+    Example(f"user {each} </s> assistant", answer, False)
+    for each, answer in zip(INSTRUCTIONS, ("w9 w8 w7", "w6", "w5 w4"), strict=True)
+]
+
+
+def whole_model_damage(model, tokenizer, examples, vector, layer):
+    found = []
+    for example in examples:
+        tokens = tokenizer(f"{example.prompt} {example.answer}", return_tensors="pt", add_special_tokens=False)[
+            "input_ids"
+        ]
+        answer = len(example.answer.split())
+        clean = model(tokens).logits[0, -answer - 1 : -1].log_softmax(-1)
+        with steer(model, layer=layer, vector=vector):
+            steered = model(tokens).logits[0, -answer - 1 : -1].log_softmax(-1)
+        found.append((steered.exp() * (steered - clean)).sum(-1))
+    return torch.cat(found).mean()
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2"])
+def test_it_is_the_divergence_that_the_whole_model_shows(tokenizer, family):
+    model = tiny_model(family)
+    vectors = torch.tensor([[1.0], [6.0]]) * unit_rows(2, 32)
+    found = measure_damage(model, tokenizer, EXAMPLES, vectors, layer=1)
+    expected = torch.stack([whole_model_damage(model, tokenizer, EXAMPLES, vector, 1) for vector in vectors])
+    assert_near(found.double(), expected, 1e-4)
+
+
+def test_no_vector_does_no_damage(llama, tokenizer):
+    assert measure_damage(llama, tokenizer, EXAMPLES, torch.zeros(1, 32), layer=2).tolist() == [0.0]
+
+
+def test_answers_are_the_models_own(llama, tokenizer):
+    answers = unsteered_answers(llama, tokenizer, INSTRUCTIONS, max_new_tokens=3)
+    assert [each.prompt for each in answers] == format_chat(tokenizer, INSTRUCTIONS)
+    tokens = tokenizer(answers[0].prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    assert answers[0].answer.split()[0] == tokenizer.decode(llama(tokens).logits[0, -1].argmax())
+
+
+def test_a_model_that_says_nothing_is_refused(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr("dctlib.discovery.damage.generate_completions", lambda *_, **__: ["", " ", "\n"])
+    with pytest.raises(ValueError, match="answers none of 3 harmless requests"):
+        unsteered_answers(llama, tokenizer, INSTRUCTIONS)
+
+
+def limits_of(damage, count):
+    """The limits of `count` vectors whose damage at a multiple is damage(row, multiple), with a bound of 1."""
+    measured = []
+
+    def measure(vectors):  # rows of the identity matrix times a multiple
+        found = [
+            (row, length) for row, length in zip(vectors.argmax(1).tolist(), vectors.amax(1).tolist(), strict=True)
+        ]
+        measured.extend(found)
+        return torch.tensor([damage(row, length) for row, length in found])
+
+    return longest_within(measure, torch.eye(count), 1.0).tolist(), measured
+
+
+def test_the_longest_length_within_the_bound_is_found_by_bisection():
+    true = [0.36, 0.6, 0.95, 1.3]
+    limits, measured = limits_of(lambda row, length: length / true[row], len(true))
+    for row, (limit, most) in enumerate(zip(limits, true, strict=True)):
+        assert most / 2 ** (1 / 8) <= limit <= most  # neighbours are a factor of about √2 apart, halved twice
+        assert any(one == row and length == pytest.approx(limit) for one, length in measured)
+
+
+def test_a_harmless_vector_is_longest_and_a_harmful_one_has_no_length():
+    limits, measured = limits_of(lambda row, length: 10.0 * row, 2)
+    assert limits == pytest.approx([1.4, 0.0])
+    assert [row for row, _ in measured].count(1) == 1
+
+
+def test_a_length_beyond_one_that_does_damage_does_not_count():
+    limits, _ = limits_of(lambda row, length: 9.0 if 0.6 < length < 0.8 else 0.1, 1)
+    assert 0.5 <= limits[0] <= 0.6
+
+
+def test_damage_that_is_not_a_number_is_no_harmless_one():
+    assert limits_of(lambda row, length: math.nan, 1)[0] == [0.0]
