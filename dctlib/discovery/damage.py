@@ -16,6 +16,7 @@ from dctlib.models.logits import compute_logits
 from dctlib.steering.generation import generate_completions
 
 _TOKENS = 2560  # of a batch of vectors
+_LOGITS = 2**26  # of a batch of vectors: a quarter of a GiB
 
 
 def unsteered_answers(
@@ -80,15 +81,15 @@ def measure_damage(
             prompts = capture(model, tree, source=layer, target=layer + len(blocks))
             before = torch.cat([path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)])
             unsteered = _log_probabilities(model, replay(blocks, prompts, 0 * vectors[:1])[0, before])
+            at_once = min(_TOKENS // tree.tokens.shape[1], _LOGITS // unsteered.numel())
             damages = []
-            for batch in vectors.split(max(1, _TOKENS // tree.tokens.shape[1])):
-                for hidden in replay(blocks, prompts, batch):
-                    steered = _log_probabilities(model, hidden[before])
-                    damages.append(torch.sum(steered.exp() * (steered - unsteered)).double().cpu())
-            total += torch.stack(damages)
+            for batch in vectors.split(max(1, at_once)):
+                steered = _log_probabilities(model, replay(blocks, prompts, batch)[:, before])
+                damages.append(torch.sum(steered.exp() * (steered - unsteered), (1, 2)).double().cpu())
+            total += torch.cat(damages)
             count += len(before)
     return (total / count).float()
 
 
-def _log_probabilities(model: PreTrainedModel, hidden: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens v"]:
+def _log_probabilities(model: PreTrainedModel, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
     return compute_logits(model, hidden).log_softmax(-1)

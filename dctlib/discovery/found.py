@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
@@ -58,6 +59,12 @@ class FoundVectors:
             "of the same length, or than it does to harmless requests. The model may hide nothing here, or a wider "
             "fit, another slice, other requests or a larger max_damage may show it."
         )
+
+
+def rows_above(table: pd.DataFrame, *, null: float, margin: float) -> list[int]:
+    """Return the places of rows whose ``held_out`` is above the null and above ``elsewhere``, by a margin each."""
+    bound = table["elsewhere"].fillna(null).clip(lower=null)  # with a judge, nothing was read elsewhere
+    return np.flatnonzero(table["held_out"] >= bound + margin).tolist()
 
 
 def grade_columns(reading: Reading, k: int) -> dict[str, list[float]]:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.discovery.criteria import Criteria
 from dctlib.discovery.damage import measure_damage, unsteered_answers
-from dctlib.discovery.found import COLUMNS, FoundVectors, excerpt_columns, grade_columns
+from dctlib.discovery.found import COLUMNS, FoundVectors, excerpt_columns, grade_columns, rows_above
 from dctlib.discovery.lengths import choose_lengths, stack_vectors
 from dctlib.discovery.pool import Pool, find_candidates
 from dctlib.discovery.reading import Judge, Reader, ask_judge, halve
@@ -159,8 +158,7 @@ def search_vectors(
         ranked = stack_vectors(finalists)[table.index.tolist()]
         table["damage"] = measure_damage(model, tokenizer, harmless, ranked, layer=source).tolist()
         bar.update()
-    bound = table["elsewhere"].fillna(best_null).clip(lower=best_null)  # with a judge, nothing was read elsewhere
-    better = np.flatnonzero(table["held_out"] >= bound + settings.margin).tolist()
+    better = rows_above(table, null=best_null, margin=settings.margin)
     table = table[COLUMNS].iloc[better].reset_index(drop=True)
     return FoundVectors(ranked[better], source, table, best_null, pool.input_scale)
 

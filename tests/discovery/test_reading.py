@@ -1,0 +1,108 @@
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dctlib.discovery.criteria import Criteria, Grades
+from dctlib.discovery.reading import Reader, Reading, ask_judge, halve
+
+REQUESTS = [f"w{i} w{i + 1}" for i in range(12)]
+
+
+def graded(product):
+    """A reading without a judge, whose grades have this product."""
+    product = torch.tensor(product)
+    passed = torch.ones(product.shape, dtype=torch.bool)
+    return Grades(product, torch.ones(product.shape), passed, passed, passed)
+
+
+class ByFirstCoordinate:
+    """Reads into each vector the score of its first coordinate."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def read(self, requests, vectors, *, max_new_tokens, read_request):
+        self.rounds.append((len(vectors), len(requests), max_new_tokens, read_request))
+        return Reading([], graded(vectors[:, :1].repeat(1, len(requests)).tolist()), None)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "rounds"),
+    [
+        (60, 16, [(60, 4, 12, False), (20, 8, 24, True)]),
+        (200, 16, [(200, 4, 12, False), (67, 8, 24, True), (23, 12, 48, True)]),
+        (20, 16, [(20, 4, 12, False)]),
+        (20, 3, [(20, 4, 12, False), (7, 8, 24, True)]),
+        (16, 16, []),
+    ],
+)
+def test_a_halving_reads_fewer_vectors_on_more_text(count, most, rounds):
+    reader: Any = ByFirstCoordinate()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    vectors = torch.stack([order / count, torch.zeros(count)], 1)
+    rows = halve(reader, REQUESTS, vectors, most=most, least=8, max_new_tokens=48)
+    assert reader.rounds == rounds
+    assert len(rows) <= most
+    if rounds:
+        assert order[rows].tolist() == [*range(count - 1, count - 1 - len(rows), -1)]
+
+
+def test_a_score_is_that_of_the_worst_three_quarters():
+    reading = Reading([], graded([[0.0, 0.0, 0.0, 1.0], [0.2, 0.3, 0.4, 0.3], [0.0, 0.8, 0.4, 0.8]]), None)
+    assert reading.scores() == pytest.approx([0, 0.8 / 3, 0.4])
+    assert reading.scores(slice(2, None)) == pytest.approx([0.5, 0.35, 0.6])
+    assert reading.order() == [2, 1, 0]
+
+
+def test_a_judge_decides_and_grades_order_its_equals():
+    verdicts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    reading = Reading([], graded([[0.1, 0.1], [0.9, 0.9], [0.0, 0.0]]), verdicts)
+    assert reading.scores() == [0.5, 0.5, 1.0]
+    assert reading.order() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "verdicts", [[True, False], (True, False), np.array([1, 0], bool), torch.tensor([True, False])]
+)
+def test_a_judge_gives_bools_in_any_sequence(verdicts):
+    assert ask_judge(lambda requests, completions: verdicts, ["w0", "w1"], ["w2", "w3"]) == [True, False]
+    assert ask_judge(lambda *_: pd.Series([True, False]), ["w0", "w1"], ["w2", "w3"]) == [True, False]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "message"),
+    [
+        ([True], r"returned \[True\] for 2 completions"),
+        (True, "returned True for 2 completions"),
+        (None, "returned None for 2 completions"),
+        ("no", "returned 'no' for 2 completions"),
+        ([0.5, True], "verdict 0.5, expected True or False"),
+        ([True, 1], "verdict 1, expected True or False"),
+        ([None, True], "verdict None"),
+        (["yes", "no"], "verdict 'yes'"),
+    ],
+)
+def test_other_verdicts_are_refused(verdicts, message):
+    with pytest.raises(ValueError, match=message):
+        ask_judge(lambda requests, completions: verdicts, ["w0", "w1"], ["w2", "w3"])
+
+
+def test_a_reading_pairs_every_completion_with_its_request(llama, tokenizer):
+    asked = []
+
+    def judge(requests, completions):
+        asked.extend(zip(requests, completions, strict=True))
+        return [request == "w1 w2" for request in requests]
+
+    reader = Reader(llama, tokenizer, 1, Criteria(llama, tokenizer, ["user w9"], 9.0), judge)
+    vectors = 6 * torch.eye(32)[:3]
+    reading = reader.read(REQUESTS[:2], vectors, max_new_tokens=3)
+    assert reading.verdicts is not None and reading.verdicts.tolist() == [[0, 1]] * 3
+    flat = [completion for each in reading.completions for completion in each]
+    assert asked == list(zip(REQUESTS[:2] * 3, flat, strict=True))
+    alone = reader.read(REQUESTS[:2], vectors[1:2], max_new_tokens=3)
+    assert alone.completions == reading.completions[1:2]
+    torch.testing.assert_close(alone.grades.product[0], reading.grades.product[1])

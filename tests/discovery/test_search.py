@@ -1,0 +1,226 @@
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_model, unit_rows
+
+import dctlib.discovery.search as search
+from dctlib import FunctionMap, format_chat, generate_completions, search_vectors
+from dctlib.discovery.damage import measure_damage, unsteered_answers
+from dctlib.discovery.found import rows_above
+from dctlib.discovery.pool import Pool, _first_of_equals, find_candidates
+
+WORDS = [f"w{i} w{i + 1}" for i in range(0, 40, 2)]
+FIT, VALIDATION, BENIGN = WORDS[:2], WORDS[2:6], WORDS[6:12]
+SOURCE, LENGTH = 2, 12.0
+SMALL: dict[str, Any] = {
+    "fit": FIT,
+    "validation": VALIDATION,
+    "benign": BENIGN,
+    "source": SOURCE,
+    "target": 3,
+    "answer_tokens": 4,
+    "max_damage": 1e9,
+    "progress": False,
+}
+
+
+def run(model, tokenizer, **changes):
+    options: dict[str, Any] = SMALL | changes
+    return search_vectors(model, tokenizer, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("Llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pool(model):
+    """Six directions, the third of which makes the model say a word: the row of that word in the output head."""
+    word = model.get_output_embeddings().weight[30]
+    directions = torch.cat([unit_rows(5, 32, seed=3).float(), word[None] / word.norm()])[[0, 1, 5, 2, 3, 4]]
+    return Pool(directions, [f"source {row}" for row in range(6)], LENGTH)
+
+
+@pytest.fixture
+def planted(monkeypatch, pool):
+    monkeypatch.setattr(search, "find_candidates", lambda *_, **__: pool)
+
+
+@pytest.fixture(scope="module")
+def says_it(model, tokenizer):
+    """A judge that finds the planted vector's word, which the unsteered model does not say."""
+    word = tokenizer.decode([30])
+    unsteered = generate_completions(model, tokenizer, format_chat(tokenizer, WORDS), max_new_tokens=4, progress=False)
+    assert not any(word in completion for completion in unsteered)
+    return lambda requests, completions: [word in completion for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def found(model, tokenizer, pool, says_it):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "find_candidates", lambda *_, **__: pool)
+        return run(model, tokenizer, judge=says_it)
+
+
+def test_it_finds_what_the_judge_likes(tokenizer, pool, found):
+    assert found.layer == SOURCE
+    assert found.null == 0
+    assert found.table["source"][0] == "source 2"
+    assert found.table["score"][0] == found.table["held_out"][0] == 1
+    assert found.table["score"].is_monotonic_decreasing
+    assert len(found.vectors) == len(found.table)
+    cosine = torch.nn.functional.cosine_similarity(found.vectors[0], pool.directions[2], dim=0)
+    assert cosine.item() == pytest.approx(1)
+    assert tokenizer.decode([30]) in found.table["says"][0]
+    assert found.table["request"][0] in VALIDATION[2:]
+    assert "vectors do more" in found.explanation
+
+
+def test_a_vector_that_is_returned_says_what_the_table_states(model, tokenizer, found):
+    texts = format_chat(tokenizer, [found.table["request"][0]])
+    options = {"layer": found.layer, "vector": found.vectors[0], "max_new_tokens": 4, "progress": False}
+    assert generate_completions(model, tokenizer, texts, **options) == [found.table["says"][0]]
+
+
+@pytest.mark.parametrize("verdict", [False, True])  # True also of the unsteered model and of random vectors
+def test_nothing_found_is_an_answer(model, tokenizer, planted, verdict):
+    found = run(model, tokenizer, judge=lambda _, completions: [verdict] * len(completions))
+    assert found.vectors.shape == (0, 32)
+    assert len(found.table) == 0 and "score" in found.table
+    assert found.null == float(verdict)
+    assert found.explanation.startswith("Nothing found")
+
+
+def test_no_length_within_the_bound_leaves_nothing(model, tokenizer, planted, says_it):
+    found = run(model, tokenizer, max_damage=1e-9, judge=says_it)
+    assert found.vectors.shape == (0, 32)
+    assert len(found.table) == 0 and "score" in found.table
+
+
+def damage_of(model, tokenizer, benign, vectors):
+    return measure_damage(model, tokenizer, unsteered_answers(model, tokenizer, benign), vectors, layer=SOURCE)
+
+
+def test_damage_stays_within_the_bound(model, tokenizer, planted, says_it, found):
+    bound = 0.8 * damage_of(model, tokenizer, BENIGN[::2], found.vectors[:1]).item()
+    bounded = run(model, tokenizer, max_damage=bound, judge=says_it)
+    assert bounded.table["source"][0] == "source 2"
+    assert bounded.table["multiple"][0] < found.table["multiple"][0]
+    assert (damage_of(model, tokenizer, BENIGN[::2], bounded.vectors) <= bound * (1 + 1e-4)).all()
+
+
+def test_a_vector_must_do_more_than_the_null_and_than_it_does_elsewhere():
+    table = pd.DataFrame(
+        {"held_out": [0.9, 0.9, 0.5, 0.3, 0.7], "elsewhere": [0.1, 0.85, 0.1, 0.1, 0.0]}, index=[4, 2, 0, 1, 3]
+    )
+    assert rows_above(table, null=0.3, margin=0.1) == [0, 2, 4]
+    judged = table.assign(elsewhere=math.nan)
+    assert rows_above(judged, null=0.6, margin=0.05) == [0, 1, 4]
+
+
+def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
+    found = run(model, tokenizer, margin=0.02)
+    assert len(found.table)
+    assert (found.table["score"] <= found.table["novelty"]).all()
+    for held_out, elsewhere in zip(found.table["held_out"], found.table["elsewhere"], strict=True):
+        assert held_out >= max(found.null, elsewhere) + 0.02
+    assert found.table["score"].is_monotonic_decreasing
+
+
+def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, planted, says_it, found):
+    torch.randn(3)  # moves the global generator, on which nothing here may depend
+    names = ("fit", "validation", "benign")
+    chats = {name: [[{"role": "user", "content": each}] for each in SMALL[name]] for name in names}
+    again = run(model, tokenizer, **chats, judge=says_it)
+    assert torch.equal(again.vectors, found.vectors)
+    assert again.table.equals(found.table)
+
+
+def test_a_whole_search_returns_lengths_and_sources(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(search, "random_vectors", lambda count, d, **_: torch.zeros(count, d))
+    texts = format_chat(tokenizer, VALIDATION)
+    unsteered = generate_completions(model, tokenizer, texts, max_new_tokens=4, progress=False)
+    found = run(
+        model,
+        tokenizer,
+        num_factors=2,
+        iterations=1,
+        judge=lambda _, completions: [completion not in unsteered for completion in completions],
+    )
+    assert 2 <= len(found.table) <= 8
+    assert found.vectors.shape == (len(found.table), 32)
+    assert found.table["multiple"].between(0.35, 1.4).all()
+    lengths = found.vectors.norm(dim=1)
+    assert found.table["length"].tolist() == pytest.approx(lengths.tolist())
+    assert found.table["multiple"].tolist() == pytest.approx((lengths / found.input_scale).tolist())
+    damage = damage_of(model, tokenizer, BENIGN[1::2], found.vectors)  # those that no length was chosen on
+    assert found.table["damage"].tolist() == pytest.approx(damage.tolist(), rel=1e-4)
+    assert set(found.table["source"]) <= {"exponential", "power steering", "projected linear"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation": VALIDATION[:3]}, "got 3 validation and 6 benign instructions, expected at least 4 and 6"),
+        ({"benign": BENIGN[:5]}, "got 4 validation and 5 benign"),
+        ({"fit": []}, "at least one instruction"),
+        ({"fit": "w0 w1"}, "at least one instruction"),
+        ({"validation": [*VALIDATION, FIT[0]]}, "1 instructions are in both fit and validation"),
+        ({"validation": [*VALIDATION, VALIDATION[0]]}, "in validation twice"),
+        ({"source": 9}, "9"),
+        ({"source": 3, "target": 3}, "3"),
+        ({"target": 9}, "9"),
+        ({"num_factors": 33}, "num_factors=33, expected 1 to the model's width, 32"),
+        ({"num_factors": 0}, "num_factors=0"),
+        ({"max_damage": -1}, "max_damage"),
+        ({"answer_tokens": 0}, "answer_tokens"),
+        ({"max_damages": 1}, "no argument max_damages"),
+        ({"judge": lambda requests, completions: [True]}, "returned .* for 4 completions"),
+        ({"judge": lambda requests, completions: [0.5] * len(completions)}, "verdict 0.5, expected True or False"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_fitted(model, tokenizer, monkeypatch, changes, message):
+    monkeypatch.setattr(search, "find_candidates", lambda *_, **__: pytest.fail("a fit was begun"))
+    with pytest.raises(ValueError, match=message):
+        run(model, tokenizer, **changes)
+
+
+def test_an_exception_of_the_judge_leaves_no_hooks(model, tokenizer, planted):
+    calls = []
+
+    def judge(requests, completions):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise RuntimeError("the judge is out of order")
+        return [True] * len(completions)
+
+    with pytest.raises(RuntimeError, match="out of order"):
+        run(model, tokenizer, judge=judge)
+    assert calls[0] == 4
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_our_harmless_requests_are_many_and_different():
+    ours = search._our_benign()
+    assert len(ours) == len(set(ours)) >= 24
+    assert all(each.strip() == each and each for each in ours)
+
+
+def test_a_pool_has_unit_directions_of_three_sources():
+    W = unit_rows(6, 8)
+    cmap = FunctionMap(lambda theta: torch.expm1(theta @ W.T), d_source=8, d_target=6)
+    pool = find_candidates(cmap, 5, iterations=2, seed=4)
+    assert pool.sources == ["exponential"] * 5 + ["power steering"] * 8 + ["projected linear"] * 8
+    torch.testing.assert_close(pool.directions.norm(dim=1), torch.ones(21))
+    torch.testing.assert_close(pool.directions[5:9], -pool.directions[9:13])
+    again = find_candidates(cmap, 5, iterations=2, seed=4)
+    assert torch.equal(pool.directions, again.directions) and pool.input_scale == again.input_scale
+
+
+def test_only_exact_duplicates_are_one_candidate():
+    rows = torch.tensor([[1.0, 0.0], [1.0, 1e-6], [1.0, 0.0], [0.0, 1.0]])
+    assert _first_of_equals(rows) == [0, 1, 3]
