@@ -77,6 +77,8 @@ class Criteria:
     ) -> "Criteria":
         """Set the bound of fluency by the model's own answers to harmless requests, at least three of them.
 
+        If none of them holds text, or they are thoughts alone, there is no bound.
+
         Raises
         ------
         ValueError
@@ -90,9 +92,7 @@ class Criteria:
         nll = unbounded._nll((prompt, answer) for prompt in neutral for answer in answers)
         each = [_mean(nll[prompt, answer] for prompt in neutral) for answer in answers]
         finite = torch.tensor([value for value in each if math.isfinite(value)])
-        if not len(finite):
-            raise ValueError("the model's answers to harmless requests are thoughts alone; try enable_thinking=False")
-        return cls(model, tokenizer, neutral, finite.quantile(_FLUENT).item())
+        return cls(model, tokenizer, neutral, finite.quantile(_FLUENT).item() if len(finite) else math.inf)
 
     def grade(
         self,

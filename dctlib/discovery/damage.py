@@ -29,22 +29,23 @@ def unsteered_answers(
 ) -> list[Example]:
     """Return each instruction in chat format with the beginning of the model's greedy answer.
 
-    Instructions to which the model says nothing are left out.
+    An answer without text is its end token alone.
 
     Raises
     ------
     ValueError
-        If the model answers none of them.
+        If no answer has a token.
     """
     texts = format_chat(tokenizer, instructions, **chat)
     answers = generate_completions(model, tokenizer, texts, max_new_tokens=max_new_tokens, progress=False)
-    pairs = zip(texts, answers, strict=True)
-    examples = [Example(text, answer, ends=False) for text, answer in pairs if answer.strip()]
-    if not examples:
+    can_end = tokenizer.eos_token_id is not None
+    if not can_end and not any(answers):
         raise ValueError(
-            f"the model answers none of {len(texts)} harmless requests, expected text; try others as `benign`"
+            f"the model answers none of {len(texts)} harmless requests, and its tokenizer has no end token; expected "
+            f"text to measure damage on: try others as `benign`"
         )
-    return examples
+    pairs = zip(texts, answers, strict=True)
+    return [Example(text, answer, ends=can_end and not answer.strip()) for text, answer in pairs]
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class Reader:
         )
         grades = self.criteria.grade(texts, unsteered, completions, read_request=read_request)
         verdicts = None
-        if self.judge:
+        if self.judge is not None:
             flat = [completion for each in completions for completion in each]
             found = ask_judge(self.judge, [*requests] * len(completions), flat)
             verdicts = torch.tensor(found, dtype=torch.float).view(len(completions), -1)

@@ -64,10 +64,15 @@ def test_the_bound_is_what_the_model_says_to_harmless_requests(llama, tokenizer)
     assert criteria.max_nll == pytest.approx(torch.tensor(general).quantile(0.9).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("answers", [["w1"] * 2, ["<think> w1", "w1", "<think> w2", "<think>"]])
-def test_a_bound_needs_answers(llama, tokenizer, answers):
-    with pytest.raises(ValueError, match="harmless requests"):
-        Criteria.from_answers(llama, tokenizer, [Example("user w1", each, False) for each in answers])
+def test_a_bound_needs_three_answers(llama, tokenizer):
+    with pytest.raises(ValueError, match="got 2 answers to harmless requests, expected at least 3"):
+        Criteria.from_answers(llama, tokenizer, [Example("user w1", "w1", False)] * 2)
+
+
+@pytest.mark.parametrize("answer", ["", "<think> w1"])
+def test_a_model_that_says_nothing_sets_no_bound(llama, tokenizer, answer):
+    criteria = Criteria.from_answers(llama, tokenizer, [Example("user w1", answer, answer == "")] * 3)
+    assert criteria.max_nll == math.inf
 
 
 def test_relevance_tells_an_answer_from_the_answer_of_another_request(llama, tokenizer, criteria, texts, unsteered):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import assert_near, tiny_model, unit_rows
+from tiny import assert_near, tiny_model, tiny_tokenizer, unit_rows
 
 from dctlib import format_chat, steer
 from dctlib.discovery.damage import measure_damage, unsteered_answers
@@ -50,8 +50,19 @@ def test_answers_are_the_models_own(llama, tokenizer):
     assert answers[0].answer.split()[0] == tokenizer.decode(llama(tokens).logits[0, -1].argmax())
 
 
-def test_a_model_that_says_nothing_is_refused(llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("dctlib.discovery.damage.generate_completions", lambda *_, **__: ["", " ", "\n"])
+def test_an_answer_without_text_is_its_end(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr("dctlib.discovery.damage.generate_completions", lambda *_, **__: ["", "w6", ""])
+    answers = unsteered_answers(llama, tokenizer, INSTRUCTIONS)
+    assert [(each.answer, each.ends) for each in answers] == [("", True), ("w6", False), ("", True)]
+    damage = measure_damage(llama, tokenizer, answers, 6 * unit_rows(1, 32), layer=1)
+    spelled = [Example(each.prompt, each.answer or "</s>", False) for each in answers]
+    torch.testing.assert_close(damage, measure_damage(llama, tokenizer, spelled, 6 * unit_rows(1, 32), layer=1))
+
+
+def test_a_model_that_says_nothing_and_has_no_end_is_refused(llama, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    monkeypatch.setattr("dctlib.discovery.damage.generate_completions", lambda *_, **__: ["", "", ""])
     with pytest.raises(ValueError, match="answers none of 3 harmless requests"):
         unsteered_answers(llama, tokenizer, INSTRUCTIONS)
 

@@ -125,10 +125,11 @@ def test_a_vector_must_do_more_than_the_null_and_than_it_does_elsewhere():
 def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
     found = run(model, tokenizer, margin=0.02)
     assert len(found.table)
-    assert found.table["score"].le(found.table["novelty"]).all()
+    assert all(score <= novelty for score, novelty in zip(found.table["score"], found.table["novelty"], strict=True))
     for held_out, elsewhere in zip(found.table["held_out"], found.table["elsewhere"], strict=True):
         assert held_out >= max(found.null, elsewhere) + 0.02
-    assert found.table["score"].is_monotonic_decreasing
+    scores = found.table["score"].tolist()
+    assert scores == sorted(scores, reverse=True)
 
 
 def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, planted, says_it, found):
