@@ -108,7 +108,7 @@ def damage_of(model, tokenizer, benign, vectors):
 def test_damage_stays_within_the_bound(model, tokenizer, planted, says_it, found):
     bound = 0.8 * damage_of(model, tokenizer, BENIGN[::2], found.vectors[:1]).item()
     bounded = run(model, tokenizer, max_damage=bound, judge=says_it)
-    assert bounded.table["source"][0] == "source 2"
+    assert bounded.table["source"].tolist()[0] == "source 2"
     assert bounded.table["multiple"][0] < found.table["multiple"][0]
     assert (damage_of(model, tokenizer, BENIGN[::2], bounded.vectors) <= bound * (1 + 1e-4)).all()
 
