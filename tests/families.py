@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from tiny import WORDS
+from tiny import WORDS, scaled
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -113,12 +113,8 @@ def family_model(family: str, *, dtype: torch.dtype = torch.float64, **changes: 
                 continue
             if "norm" in name or "ln_" in name:
                 parameter.copy_(parameter.mean().round() + 0.1 * noise)
-            elif parameter.ndim == 1:
-                parameter.copy_(0.1 * noise)
-            elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(0.9 * noise)
             else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+                parameter.copy_(scaled(name, noise))
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # grouped products take no float64
     return model.to(dtype).eval().requires_grad_(False)

@@ -70,13 +70,32 @@ def tiny_model(family: str, *, attention: str | None = None, dtype: torch.dtype 
             if "norm" in name or "ln_" in name:
                 centre = 0.0 if family.startswith("Gemma") or name.endswith("bias") else 1.0
                 parameter.copy_(centre + 0.1 * noise)
-            elif parameter.ndim == 1:
-                parameter.copy_(0.1 * noise)
-            elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(0.9 * noise)
             else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+                parameter.copy_(scaled(name, noise))
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def scaled(name, noise):
+    """Return a random weight that is no norm's, at the scale that keeps the residual stream's norm about 5."""
+    if noise.ndim == 1:
+        return 0.1 * noise
+    if "embed" in name or "wte" in name or "wpe" in name:
+        return 0.9 * noise
+    return noise * noise.shape[-1] ** -0.5
+
+
+def compile_blocks(model):
+    """Compile every block of a Llama in place."""
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    return model
+
+
+def replace_blocks(model):
+    """Put a compiled module in the place of every block of a Llama."""
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(block, backend="eager")
+    return model
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

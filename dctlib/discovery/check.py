@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.maps.causal import CausalMap
-from dctlib.models.blocks import eager_attention, get_blocks, output_residual, residual_width, split_residual
+from dctlib.models.blocks import get_blocks, output_residual, residual_width
 from dctlib.models.chat import format_chat
 from dctlib.models.logits import compute_logits
-from dctlib.models.trace import probe_tokens
+from dctlib.models.trace import probe_tokens, trace_model
 from dctlib.models.writers import residual_writers
-from dctlib.steering.hooks import ablate, steer
+from dctlib.steering.hooks import ablate, editable_writers, steer
 
 
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
@@ -28,7 +28,7 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> p
         "blocks": lambda model, _: f"{len(get_blocks(model))} blocks, d = {residual_width(model)}",
         "chat template": _check_template,
         "steer": _check_steer,
-        "replay": lambda model, tokenizer: f"layers {_map(model, tokenizer).source} → {_map(model, tokenizer).target}",
+        "replay": _check_replay,
         "derivatives": _check_derivatives,
         "logits": _check_logits,
         "ablate": _check_ablate,
@@ -54,6 +54,11 @@ def _map(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CausalMa
     return CausalMap.from_model(
         model, tokenizer, [text], source=source, target=max(source + 1, 2 * blocks // 3), positions=1
     )
+
+
+def _check_replay(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    cmap = _map(model, tokenizer)
+    return f"layers {cmap.source} → {cmap.target}"
 
 
 def _check_derivatives(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -91,28 +96,11 @@ def _check_ablate(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -
 
 
 def _check_export(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -> str:
-    writers = residual_writers(model)
-    if writers.embeddings is None or writers.projections is None:
-        raise ValueError("norms or experts write to the residual stream, so no weight edit is an ablation")
-    return f"{len(writers.projections)} matrices and {len(writers.embeddings)} tables are edited"
+    writers = editable_writers(model)
+    return f"{len(writers.projections or [])} matrices and {len(writers.embeddings or [])} tables are edited"
 
 
-@torch.no_grad()
 def _residuals(model: PreTrainedModel) -> list[Tensor]:
     """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens; what is added at a block's input is in its h."""
-    found: list[Tensor] = []
-    blocks = list(get_blocks(model))
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda _b, a, k: found.append(split_residual(a, k)[0].clone()), with_kwargs=True
-        )
-        for block in blocks
-    ]
-    hooks.append(blocks[-1].register_forward_hook(lambda _b, _a, output: found.append(output_residual(output).clone())))
-    try:
-        with eager_attention(model):
-            model(input_ids=probe_tokens(model), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    trace = trace_model(model)
+    return [*trace.inputs, output_residual(trace.blocks[-1].output)]

@@ -57,6 +57,13 @@ def get_blocks(model: nn.Module) -> nn.ModuleList:
     return min(lists, key=lambda pair: pair[0])[1]
 
 
+def get_holders(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold the blocks of `model`: itself first, last the one that runs them one by one."""
+    plain, blocks = unwrap(model), get_blocks(model)
+    parts = next(path for path, part in plain.named_modules() if part is blocks).split(".")
+    return [plain.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+
+
 def check_layer(model: nn.Module, layer: int, *, name: str = "layer") -> int:
     """Return `layer` if `model` has a block of that index, else raise ValueError naming the valid range."""
     count = len(get_blocks(model))
@@ -84,6 +91,18 @@ def output_residual(output: Any) -> Tensor:
 
 
 @contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run every part of `model` in evaluation mode, then put those that trained back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def eager_attention(model: nn.Module) -> Iterator[None]:
     """Run `model` in evaluation mode under eager attention and eager experts, then put all of it back.
 
@@ -91,21 +110,18 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     attention every block also receives an explicit mask, which a replay can use again.
     """
     plain: Any = unwrap(model)
-    training = [module for module in plain.modules() if module.training]
     configs = {id(part.config): part.config for part in plain.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, config._attn_implementation, config._experts_implementation) for config in configs.values()]
     try:
-        plain.eval()
         if plain._can_set_attn_implementation():
             plain.set_attn_implementation("eager")
         if plain._can_set_experts_implementation():
             plain.set_experts_implementation("eager")
-        yield
+        with evaluation_mode(plain):
+            yield
     finally:
         for config, attention, experts in before:
             config._attn_implementation, config._experts_implementation = attention, experts
-        for module in training:
-            module.training = True
 
 
 def tolerance(dtype: torch.dtype) -> float:

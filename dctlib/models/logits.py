@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dctlib.models.blocks import get_blocks, tolerance, unwrap
+from dctlib.models.blocks import get_holders, tolerance, unwrap
 from dctlib.models.trace import once_per_model, trace_model
 
 
@@ -102,9 +102,7 @@ def _gives(model: PreTrainedModel, modules: list[nn.Module], hidden: Any, logits
         few = torch.arange(0, logits.shape[-1], max(1, logits.shape[-1] // 64), device=logits.device)
         pairs = [(output_logits(model, hidden)[0], logits), (output_logits(model, hidden, few)[0], logits[:, few])]
     near = tolerance(model.dtype)
-    return all((found - own).norm() <= near * own.norm() for found, own in pairs if found.shape == own.shape) and all(
-        found.shape == own.shape for found, own in pairs
-    )
+    return all(found.shape == own.shape and (found - own).norm() <= near * own.norm() for found, own in pairs)
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -113,11 +111,10 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _decoders(model: PreTrainedModel) -> list[nn.Module]:
     """Return the modules between the model and its list of blocks, outermost first."""
-    blocks = get_blocks(model)
-    parts = next(path for path, part in model.named_modules() if part is blocks).split(".")[:-1]
-    if not parts:
+    _, *decoders = get_holders(model)
+    if not decoders:
         raise ValueError(f"{type(model).__name__} has no decoder apart from its output head; pass the whole model")
-    return [model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    return decoders
 
 
 @dataclass

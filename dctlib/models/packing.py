@@ -17,9 +17,8 @@ _LEAST_SHARED = 0.25  # of a prompt's tokens, for it to join a tree
 # Settings that bound how far a token sees, or change its rotary embedding beyond a length.
 _REACHES = ("window", "window_size", "chunk_size", "local_attention", "original_max_position_embeddings")
 
-_Trie = dict[
-    tuple[int, int], int
-]  # a beginning's number, by that of the beginning one token shorter and its last token
+# A beginning's number, by that of the beginning one token shorter and its last token.
+_Trie = dict[tuple[int, int], int]
 
 _ROOT = -1  # the empty beginning
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dctlib.models.blocks import residual_width, tolerance, unwrap
+from dctlib.models.blocks import evaluation_mode, residual_width, tolerance, unwrap
 from dctlib.models.chat import pad_id, tokenize_each
 from dctlib.models.trace import once_per_model, probe_tokens
 from dctlib.steering.hooks import as_rows, steer
@@ -125,17 +125,14 @@ def _greedy(model: Any, end: Any, pad: int) -> Iterator[GenerationConfig]:
     # generate fills what its argument leaves open from the model's own, and PEFT keeps another.
     holders = [each for each in dict.fromkeys((plain, model)) if "generation_config" in vars(each)]
     before = [holder.generation_config for holder in holders]
-    training = [module for module in plain.modules() if module.training]
     try:
-        plain.eval()
         for holder in holders:
             holder.generation_config = config
-        yield config
+        with evaluation_mode(plain):
+            yield config
     finally:
         for holder, kept in zip(holders, before, strict=True):
             holder.generation_config = kept
-        for module in training:
-            module.training = True
 
 
 @once_per_model

@@ -17,6 +17,7 @@ from dctlib.models.blocks import (
     check_layer,
     eager_attention,
     get_blocks,
+    get_holders,
     output_residual,
     residual_width,
     split_residual,
@@ -26,7 +27,7 @@ from dctlib.models.blocks import (
 from dctlib.models.plain_copy import has_adapters, plain_copy
 from dctlib.models.trace import probe_tokens
 from dctlib.models.writers import ResidualWriters, residual_writers
-from dctlib.steering.passes import decoders, devices_of, is_watched, unhooked, watch_passes
+from dctlib.steering.passes import devices_of, is_watched, unhooked, watch_passes
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def ablate(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> I
         first = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
         return type(output)([*output[:first], _without(output[first], basis), *output[first + 1 :]])
 
-    stack = decoders(model)[-1]
+    stack = get_holders(model)[-1]
     parameters = [*inspect.signature(stack.forward).parameters]
     place = parameters.index("inputs_embeds") if "inputs_embeds" in parameters else len(parameters)
 
@@ -187,9 +188,9 @@ def ablated_copy(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike
     if any(has_offloaded_params(module) for module in plain.modules()):
         raise ValueError("weights are offloaded, which no edit reaches; load the model whole, as on device='cpu'")
     if not has_adapters(plain):
-        _editable_writers(plain)  # refused before the copy is made
+        editable_writers(plain)  # refused before the copy is made
     copied: Any = plain_copy(model)
-    writers = _editable_writers(copied)
+    writers = editable_writers(copied)
     with torch.no_grad():
         for embedding in writers.embeddings or []:
             embedding.weight.copy_(_without(embedding.weight, basis))
@@ -210,7 +211,7 @@ def ablated_copy(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike
     return copied
 
 
-def _editable_writers(model: PreTrainedModel) -> ResidualWriters:
+def editable_writers(model: PreTrainedModel) -> ResidualWriters:
     """Return the residual writers of `model`, or raise ValueError if an edit of their weights is no ablation."""
     writers = residual_writers(model)
     if writers.projections is None or writers.embeddings is None:

@@ -11,20 +11,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from dctlib.models.blocks import get_blocks, unwrap
+from dctlib.models.blocks import get_blocks, get_holders, unwrap
 
 _CACHE_NAMES = ("past_key_values", "cache_params", "past_key_value", "layer_past", "state", "mems")
 
 
-def decoders(model: Any) -> list[nn.Module]:
-    """Return the modules that hold the blocks of `model`, outermost first; the last one runs them one by one."""
-    blocks = get_blocks(model)
-    return [module for module in unwrap(model).modules() if any(part is blocks for part in module.modules())][:-1]
-
-
 def is_watched(model: Any) -> bool:
     """Return whether `model` is inside a context of :func:`watch_passes`."""
-    return any(getattr(hook, "__module__", "") == __name__ for hook in decoders(model)[-1]._forward_pre_hooks.values())
+    return any(
+        getattr(hook, "__module__", "") == __name__ for hook in get_holders(model)[-1]._forward_pre_hooks.values()
+    )
 
 
 @contextmanager
@@ -260,7 +256,7 @@ def watch_passes(model: Any, sites: Sequence[nn.Module], *, follow: bool = False
         out of the pass. Gradient checkpointing is refused, because it runs blocks again in the backward pass.
     """
     plain, blocks = unwrap(model), get_blocks(model)
-    holders = decoders(model)
+    holders = get_holders(model)
     stack = holders[-1]
     forwards = {module: module.forward for module in holders}
     clock = 0

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny import BLOCKS, assert_near, full_model_map, tiny_model, tiny_tokenizer, unit_rows
+from tiny import (
+    BLOCKS,
+    assert_near,
+    compile_blocks,
+    full_model_map,
+    replace_blocks,
+    tiny_model,
+    tiny_tokenizer,
+    unit_rows,
+)
 
 from dctlib import CausalMap, Transcoder, fit_exponential, score_vectors, steer
 from dctlib.maps.replay import activations
@@ -115,18 +124,6 @@ def test_compiled_blocks_give_the_same(llama, tokenizer, texts, monkeypatch):
     for product in ("__call__", "vjp_at_zero"):
         assert_near(getattr(compiled, product)(first), getattr(plain, product)(first), 1e-6)
     assert graphs
-
-
-def compile_blocks(model):
-    for block in model.model.layers:
-        block.compile(backend="eager")
-    return model
-
-
-def replace_blocks(model):
-    for i, block in enumerate(model.model.layers):
-        model.model.layers[i] = torch.compile(block, backend="eager")
-    return model
 
 
 def add_adapter(model):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import hooked_residual, tiny_model, unit_rows
+from tiny import compile_blocks, hooked_residual, replace_blocks, tiny_model, unit_rows
 from transformers import CompileConfig
 
 from dctlib import ablate, steer
@@ -36,18 +36,6 @@ def stack(model):
     return model
 
 
-def blocks_in_place(model):
-    for block in model.model.layers:
-        block.compile(backend="eager")
-    return model
-
-
-def blocks_replaced(model):
-    for index, block in enumerate(model.model.layers):
-        model.model.layers[index] = torch.compile(block, backend="eager")
-    return model
-
-
 def forward_of_blocks(model):
     for block in model.model.layers:
         block.forward = torch.compile(block.forward, backend="eager")
@@ -61,7 +49,7 @@ def sublayers(model):
     return model
 
 
-KINDS = [whole, in_place, forward, stack, blocks_in_place, blocks_replaced, forward_of_blocks, sublayers]
+KINDS = [whole, in_place, forward, stack, compile_blocks, replace_blocks, forward_of_blocks, sublayers]
 
 
 def generated(model, **options):
