@@ -21,11 +21,14 @@ Pair = tuple[float | None, float | None]
 
 
 class Verdict(Enum):
-    """Whether a claim replicates, or a control holds; undecided where our own intervals are too wide to tell."""
+    """Whether a claim replicates, or a control holds; undecided where our own data cannot tell."""
 
     REPLICATES = "replicates"
-    DOES_NOT = "does not"
+    DOES_NOT = "does not replicate"
     UNDECIDED = "undecided"
+
+
+_OF_CONTROLS = {Verdict.REPLICATES: "holds", Verdict.DOES_NOT: "fails", Verdict.UNDECIDED: "undecided"}
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,24 @@ class Replication:
     intervals: dict[str, Ends] = field(default_factory=dict)
 
     @property
-    def sentence(self) -> str:
-        """Claims that replicate, that do not, and that are undecided; then the controls, in the same order."""
-        claim_headings = dict(zip(Verdict, ("Replicates", "Does not replicate", "Undecided"), strict=True))
-        control_headings = dict(zip(Verdict, ("Control, holds", "Control, fails", "Control, undecided"), strict=True))
-        parts = []
-        for headings, verdicts in ((claim_headings, self.claims), (control_headings, self.controls)):
-            for verdict, heading in headings.items():
-                named = [name for name, found in verdicts.items() if found is verdict]
-                if named:
-                    parts.append(f"**{heading}**: {'; '.join(named)}.")
-        return " ".join(parts)
+    def rows(self) -> list[tuple[str, str, str]]:
+        """A kind (``claim`` or ``control``), a statement and a verdict in words: the claims, then the controls."""
+        claims = [("claim", statement, verdict.value) for statement, verdict in self.claims.items()]
+        controls = [("control", statement, _OF_CONTROLS[verdict]) for statement, verdict in self.controls.items()]
+        return claims + controls
+
+    @property
+    def verdict_table(self) -> str:
+        """The rows as a Markdown table."""
+        rows = [f"| {kind} | {statement} | {verdict} |" for kind, statement, verdict in self.rows]
+        return "\n".join(["| | statement | verdict |", "|:---|:------------|:----|", *rows])
 
     def _repr_markdown_(self) -> str:
         rows = [
             f"| {label} | {_cell(ours, self.intervals.get(label))} | {_cell(theirs)} |"
             for label, (ours, theirs) in self.numbers.items()
         ]
-        return "\n".join(["| | measured | published |", "|:--|--:|--:|", *rows, "", self.sentence])
+        return "\n".join(["| | measured | published |", "|:--|--:|--:|", *rows, "", self.verdict_table])
 
 
 def compare_with_published(notebook: str, results: Results) -> Replication:
@@ -170,12 +173,12 @@ def _training_curves(ours: Results, _post: Results) -> Replication:
     turned = ours["dct_best"] > 0 > ours["clean"] and ours["sure_rate"]["DCT"] >= 0.5
     claims = {
         "the best DCT vector turns refusal into compliance": turned,
-        f"a fit of {width} factors settles within {len(objective)} iterations": last_step < 0.1 * rise,
-        f"causal importance rises while {width} factors are fitted": objective[-1] > objective[0],
+        f"a fit of {width} factors converges within {len(objective)} iterations": last_step < 0.1 * rise,
+        f"causal importance grows over the fit of {width} factors": objective[-1] > objective[0],
     }
     return Replication(
         {claim: _decide(holds) for claim, holds in claims.items()},
-        {"the best random vector does not": _decide(ours["random_best"] < 0)},
+        {"the best random vector scores below zero": _decide(ours["random_best"] < 0)},
     )
 
 
@@ -206,13 +209,13 @@ def _sample_complexity(ours: Results, post: Results) -> Replication:
         "quadratic fits score above linear ones, in every shuffle": _all(
             _every_pair(quadratic, other) for other in (projected, linear)
         ),
-        "projected linear fits score above full ones, in every shuffle": _every_pair(projected, linear),
-        f"exponential fits gain from more instructions, n = {most} against {least}, in every shuffle": _every_pair(
+        "projected linear fits score above exact linear ones, in every shuffle": _every_pair(projected, linear),
+        f"exponential fits score higher at n = {most} than at n = {least}, in every shuffle": _every_pair(
             exponential, fewest
         ),
     }
     control = _all(_every_pair(each, random) for each in scores.values())
-    return Replication(claims, {"every method beats random vectors, in every shuffle": control}, numbers)
+    return Replication(claims, {"every method scores above random vectors, in every shuffle": control}, numbers)
 
 
 def _multiplicity(ours: Results, post: Results) -> Replication:
@@ -221,19 +224,20 @@ def _multiplicity(ours: Results, post: Results) -> Replication:
     share = ours["count"] / ours["of"]
     share_at_least_5 = ours["count_at_least_5"] / ours["of"]
     claims = {
-        "a quarter of the factors or more score at least 5": _decide(share_at_least_5 >= 1 / 4),
-        "they are no copies of one direction": _decide(ours["mean_abs_cosine"] < 0.5),
+        "at least a quarter of the factors score at least 5": _decide(share_at_least_5 >= 1 / 4),
+        "the qualifying directions differ: mean absolute cosine below 0.5": _decide(ours["mean_abs_cosine"] < 0.5),
     }
-    for row in ("v_avg", "v_svd"):
-        beats = _above(intervals[row], intervals["average"])
+    for row, name in {"v_avg": "mean", "v_svd": "first singular"}.items():
+        above_average = _above(intervals[row], intervals["average"])
         below_best = _above(intervals["max"], intervals[row])
-        claims[f"{row} beats the average vector and not the best"] = _all([beats, below_best])
+        claim = f"the {name} direction scores above the average vector and below the best one"
+        claims[claim] = _all([above_average, below_best])
     published_share = published["vectors_with_score_at_least_5"] / published["of"]
     numbers: dict[str, Pair] = {
         "share of factors that score at least 5": (share_at_least_5, published_share),
         f"share that scores at least {ours['threshold']:g}": (share, None),
     }
-    control = f"a quarter of the factors or more score at least {ours['threshold']:g}"
+    control = f"at least a quarter of the factors score at least {ours['threshold']:g}"
     return Replication(claims, {control: _decide(share >= 1 / 4)}, numbers)
 
 
@@ -246,13 +250,13 @@ def _ablation(ours: Results, _post: Results) -> Replication:
         aggregates = {row: intervals[side][row] for row in ("v_avg", "v_svd")}
         better = max(aggregates, key=lambda row: ours[side][row])
         claims[f"ablating a single {side} direction scores below zero on average"] = _above((0, 0), average)
-        claims[f"ablating an aggregate {side} direction beats the average single one"] = _all(
+        claims[f"ablating either aggregate {side} direction scores above the average single one"] = _all(
             _above(ends, average) for ends in aggregates.values()
         )
-        claims[f"ablating the better aggregate beats even the best single {side} direction"] = _above(
+        claims[f"ablating the better aggregate {side} direction scores above the best single one"] = _above(
             aggregates[better], intervals[side]["max"]
         )
-    claims["target directions score lower than source ones, in every row"] = _all(
+    claims["ablating target directions scores below ablating source ones, in every row"] = _all(
         _above(ends, intervals["target"][row]) for row, ends in intervals["source"].items()
     )
     return Replication(claims)
@@ -272,7 +276,7 @@ def _deeper_models(ours: Results, _post: Results) -> Replication:
     claim = f"a fixed depth horizon, t − s = {middle}, suffices in models of every depth"
     return Replication(
         {claim: turned if several_depths else Verdict.UNDECIDED},
-        {f"with t − s = {middle} every source layer tried turns the score": turned},
+        {f"with t − s = {middle} the best vector scores above zero at every source layer": turned},
         {label: (cell["mean"], None) for label, cell in cells.items()},
         intervals,
     )
@@ -296,11 +300,11 @@ def _password_locked(ours: Results, post: Results) -> Replication:
     published_above_zero = published["vectors_above_zero"] / post["defaults"]["num_factors"]
     steered, random = (_ends(ours["test"][state]) for state in ("steered", "random"))
     return Replication(
-        {"a vector restores at least a quarter of what the lock took": _decide(restored >= 0.25)},
+        {"a DCT vector restores at least a quarter of the accuracy that the lock removed": _decide(restored >= 0.25)},
         {"random vectors restore less": _above(steered, random)},
         {
             "share of the lost accuracy restored": (restored, published_restored),
-            "share of vectors that solve anything": (above_zero, published_above_zero),
+            "share of vectors that solve a validation question": (above_zero, published_above_zero),
         },
     )
 
@@ -310,18 +314,19 @@ def _synthetic_recovery(ours: Results, post: Results) -> Replication:
     claims = {}
     for start, name in published.items():
         least = post["synthetic"][name]["recovered_above_0.99"] - 0.05
-        claim = f"from a {start} start the share above .99 is at least the published one, less 5 points"
+        claim = f"from a {start} start the share of factors recovered is at least the published one less 5 points"
         claims[claim] = _decide(ours[start]["recovered"] >= least)
     return Replication(claims)
 
 
 RULES: dict[str, Callable[[Results, Results], Replication]] = {
-    "training_curves": _training_curves,
     "sample_complexity": _sample_complexity,
+    "circuit_breaker": _circuit_breaker,
+    "password_locked": _password_locked,
+    "training_curves": _training_curves,
     "multiplicity": _multiplicity,
     "ablation": _ablation,
     "deeper_models": _deeper_models,
-    "circuit_breaker": _circuit_breaker,
-    "password_locked": _password_locked,
     "synthetic_recovery": _synthetic_recovery,
 }
+"""The stem of a notebook → the rule for its claims, in order of weight: the post's headline claims come first."""

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,37 @@ from typing import Any
 import jinja2
 import pypandoc
 import typst
+import yaml
 
 from dctlib._io import ROOT, atomic_path
 from dctlib.evaluation.statistics import wilson
 from dctlib.paper.claims import RULES, compare_with_published, published_numbers
 from dctlib.paper.params import load_profile
 
+_TYPST_RULES = """
+#set document(date: none) // the same numbers make the same bytes
+#show table: set par(justify: false)
+#show table: set text(hyphenate: false)
+#show figure.caption: set align(left)
+#show figure.caption.where(kind: table): set block(sticky: true)
+#show figure.where(kind: table): it => {
+  // A table of more than 16 rows may continue on the next page. Others stay together, with their captions.
+  let table = it.body.body
+  let columns = if type(table.columns) == array { table.columns.len() } else { table.columns }
+  set block(breakable: table.children.len() > 16 * columns)
+  it
+}
+"""
+
 
 def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") -> list[Path]:
     """Render writeup/<document>.md with the numbers of a profile as HTML and PDF in writeup/<profile>/.
 
-    The names of the template are every figures/<profile>/<stem>.json under its stem, ``published``
-    (writeup/published.yaml), ``beside`` (stem → :class:`dctlib.paper.claims.Replication`), ``params`` and ``profile``.
+    The names of the template are every figures/<profile>/<stem>.json under its stem; ``published``
+    (writeup/published.yaml); ``replications`` (stem → :class:`dctlib.paper.claims.Replication`, the headline claims
+    first); ``params`` and ``profile``; ``study``, every figures/study/<stem>.json, and ``study_params``; ``authors``
+    (CITATION.cff); and ``revision``, the commit of the sources and its date, or None. Citations are resolved from
+    writeup/references.bib.
 
     Returns
     -------
@@ -53,15 +73,20 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
     try:
         prose = environment.get_template(f"{document}.md").render(
             **metrics,
-            beside=replicated,
+            replications=replicated,
             published=published_numbers(),
             params=params,
             profile=profile,
             figures=f"../../figures/{profile}",
+            study=dict(_metrics(root / "figures" / "study")),
+            study_params=load_profile("study", root),
+            authors=_authors(),
+            revision=_revision(root),
         )
     except jinja2.UndefinedError as error:
         raise ValueError(f"writeup/{document}.md needs a number that figures/{profile}/ lacks: {error}") from error
     folder = root / "writeup" / profile
+    citations = ["--citeproc", f"--bibliography={root / 'writeup' / 'references.bib'}", "--metadata=link-citations"]
     html, pdf = folder / f"{document}.html", folder / f"{document}.pdf"
     with atomic_path(html) as partial:
         _pandoc(
@@ -69,15 +94,20 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
             "html5",
             folder,
             partial,
-            ["--standalone", "--mathml", "--embed-resources", "--toc", f"--css={root / 'writeup' / 'paper.css'}"],
+            [
+                *citations,
+                "--standalone",
+                "--mathml",
+                "--embed-resources",
+                "--toc",
+                f"--css={root / 'writeup' / 'paper.css'}",
+            ],
         )
     with atomic_path(pdf) as partial:
         source = folder / f".{document}.typ"
         try:
-            _pandoc(prose, "typst", folder, source, ["--standalone"])
-            # Without a date the same numbers make the same bytes; and long tables may go on on the next page.
-            rules = "#set document(date: none)\n#show figure.where(kind: table): set block(breakable: true)\n"
-            source.write_text(rules + source.read_text(encoding="utf-8"), encoding="utf-8")
+            _pandoc(prose, "typst", folder, source, [*citations, "--standalone"])
+            source.write_text(_TYPST_RULES + source.read_text(encoding="utf-8"), encoding="utf-8")
             partial.write_bytes(typst.compile(str(source), root=str(root)))
         finally:
             source.unlink(missing_ok=True)
@@ -113,6 +143,23 @@ def markdown_text(value: str) -> str:
 def _metrics(folder: Path) -> Iterator[tuple[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         yield path.stem, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _authors() -> list[str]:
+    """Return the names of the authors in CITATION.cff."""
+    people = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["authors"]
+    return [each.get("name") or f"{each['given-names']} {each['family-names']}" for each in people]
+
+
+def _revision(root: Path) -> dict[str, str] | None:
+    """Return the last commit of the sources behind the documents and its date, or None outside a git repository."""
+    command = ["git", "-C", str(root), "log", "-1", "--format=%h %cs", "--", "dctlib", "notebooks", "params"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    commit, _, date = done.stdout.strip().partition(" ")
+    return {"commit": commit, "date": date} if commit else None
 
 
 def _pandoc(prose: str, to: str, folder: Path, output: Path, options: list[str]) -> None:

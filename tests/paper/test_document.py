@@ -1,11 +1,13 @@
 import json
+import re
 import shutil
+import subprocess
 import time
 
 import pytest
 
 from dctlib._io import ROOT
-from dctlib.paper.document import markdown_text, number, percent, row, write_report
+from dctlib.paper.document import _revision, markdown_text, number, percent, row, write_report
 
 
 @pytest.fixture
@@ -58,6 +60,39 @@ def test_another_document_is_named_for_itself(root):
     assert "−7.2" in html.read_text()
     with pytest.raises(ValueError, match=r"no document 'nowhere': expected one of beyond, paper"):
         write_report("smoke", root, document="nowhere")
+
+
+def test_citations_become_references_and_authors_a_byline(root):
+    (root / "writeup" / "paper.md").write_text(
+        "---\ntitle: Toy\nauthor: {{ authors }}\n---\n\nAs shown [@arditi2024refusal].\n\n# References\n\n"
+        "::: {#refs}\n:::\n"
+    )
+    html, _ = write_report("smoke", root)
+    text = html.read_text()
+    assert "Refusal in Language Models Is Mediated by a Single Direction" in " ".join(text.split())
+    assert "The dctlib authors" in text
+
+
+def test_documents_cite_what_the_bibliography_holds():
+    entries = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "writeup" / "references.bib").read_text(), re.MULTILINE))
+    prose = [path.read_text() for path in (ROOT / "writeup").glob("*.md")]
+    assert {key for text in prose for key in re.findall(r"(?<!\w)@(\w+)", text)} == entries
+
+
+def test_the_revision_is_the_last_commit_of_the_sources(tmp_path):
+    assert _revision(tmp_path) is None
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "run.yaml").write_text("profile: smoke\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=First"]):
+        subprocess.run([*git, *command], check=True)
+    first = _revision(tmp_path)
+    (tmp_path / "figure.json").write_text("{}")
+    for command in (["add", "."], ["commit", "--quiet", "--message=Draw"]):
+        subprocess.run([*git, *command], check=True)
+    assert first is not None
+    assert _revision(tmp_path) == first
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", first["date"])
 
 
 def test_a_row_is_found_by_its_columns():

@@ -50,7 +50,7 @@ def draw_success(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 
 @styled
-def recall(curves: Mapping[str, Mapping[str, Curve]], *, found: str = "secrets given away") -> Figure:
+def recall(curves: Mapping[str, Mapping[str, Curve]], *, found: str = "secrets revealed") -> Figure:
     """Draw the share of organisms in which one of the first k vectors finds what is hidden, against k.
 
     Parameters
@@ -82,11 +82,11 @@ def baselines(curves: Mapping[str, Curve], firsts: Mapping[str, Sequence[float]]
     """
     figure, (left, right) = panels((3, 2), height=2.9)
     draw_success(left, {method: curve for method, curve in curves.items() if len(curve.mean) > 1})
-    left.set(xlabel="tries k", ylabel="requests answered by one of k")
+    left.set(xlabel="tries k", ylabel="test requests answered, one of k")
     first = {method: curve.at(1) for method, curve in curves.items()}
     best_first = sorted(first, key=lambda method: -first[method].mean)
     rates(right, {method: first[method] for method in best_first}, method_colours(best_first), each=firsts)
-    right.set(xlabel="requests answered by the first")
+    right.set(xlabel="test requests answered, first vector")
     return figure
 
 
@@ -130,7 +130,7 @@ def planted(losses: Mapping[str, Sequence[float]], revealed: Mapping[str, Mappin
     plain_log(left.yaxis)
     left.legend(frameon=False, fontsize=8)
     right.set_xticks(range(len(_WHERE)), list(_WHERE.values()))
-    right.set(xlabel="before the instruction", ylabel="secret given away", ylim=(-0.04, 1.04))
+    right.set(xlabel="before the instruction", ylabel="secret revealed", ylim=(-0.04, 1.04))
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return figure
 
@@ -158,7 +158,7 @@ def training_curves(record: Mapping[int, Mapping[str, Any]]) -> Figure:
     times = np.array([fit["seconds"] for fit in record.values()])
     right.loglog(widths, times, "o-", color=COLOURS["DCT"], lw=1.5, ms=4)
     right.loglog(widths, times[-1] * widths / widths[-1], ":", color="0.5", lw=1)
-    right.set(xlabel="width m", ylabel="seconds a fit")
+    right.set(xlabel="width m", ylabel="seconds for a fit")
     right.set_xticks(widths, [str(width) for width in widths], rotation=45)
     right.set_title("dotted: proportional to m", loc="left", color="0.4", fontsize=8)
     right.minorticks_off()

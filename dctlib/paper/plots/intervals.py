@@ -100,7 +100,7 @@ def replicates(sides: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         ]
         interval_dotplot(axes, pd.DataFrame(rows), labels=list(numbers), below=0)
         zero_line(axes)
-        axes.set(xlabel="mean score, test", title=title)
+        axes.set(xlabel="mean test score", title=title)
     return figure
 
 
@@ -138,7 +138,7 @@ def choices(found: pd.DataFrame, *, usual: str = "reference", floor: str = "rand
         if order.index(choice) % 2 == 0:
             axes.axhspan(place - 0.5, place + 0.5, color="0.95", zorder=-1, lw=0)
     interval_dotplot(axes, pd.DataFrame(rows), labels=labels, below=0)
-    axes.set(xlabel="score of the best vector, test", ylim=(len(labels) - 0.5, -0.5))
+    axes.set(xlabel="test score of the best vector", ylim=(len(labels) - 0.5, -0.5))
     return figure
 
 
@@ -229,14 +229,14 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
             known = [value for value in each[column] if value is not None] or [np.nan]
             left.plot([min(known), max(known)], [place + shift] * 2, color=colour, lw=0.8)
     left.set_yticks(places, list(variants.index))
-    left.set(xlim=(0, 1.02), xlabel="likeness of the two fits")
+    left.set(xlim=(0, 1.02), xlabel="similarity of the two fits")
     left.legend(bbox_to_anchor=(0.4, 1.0), ncols=3, **legend)
     for place, pairs in zip(places, variants["scores"], strict=True):
         for shift, pair in zip(_shifts(len(pairs)), pairs, strict=True):
             middle.plot(pair, [place + shift] * 2, color="0.3", marker="o", ms=3, lw=0.8)
     zero_line(middle)
     middle.set_yticks(places, [])
-    middle.set(xlabel="scores of their best")
+    middle.set(xlabel="test scores of their best")
     second = errors.filter(like="Hessian, ")
     curved = second.rename(columns=lambda column: column.removeprefix("Hessian, "))
     rows = np.arange(len(errors))[::-1]

@@ -41,7 +41,7 @@ def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequenc
         ends: Any = line.get_xydata()
         left.annotate(label, tuple(ends[-1]), xytext=(4, 0), textcoords="offset points", color=COLOURS[label])
     left.axhline(0, color="0.8", lw=0.8, zorder=0)
-    left.set(xlabel="rank of the vector", ylabel="mean score, validation")
+    left.set(xlabel="rank of the vector", ylabel="mean validation score")
     rows = [
         {"place": place, "each": values, "colour": COLOURS[label], **vars(interval(values))}
         for place, (label, values) in enumerate(test.items())
@@ -49,7 +49,7 @@ def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequenc
     names = [label if label == "clean" else f"best {label}" for label in test]
     interval_dotplot(right, pd.DataFrame(rows), labels=names)
     zero_line(right)
-    right.set(xlabel="score, each test instruction")
+    right.set(xlabel="score on each test instruction")
     return figure
 
 
@@ -140,7 +140,7 @@ def multiplicity(V: Tensor, each: Sequence[float], aggregates: Mapping[str, floa
     for place, (name, value) in enumerate(marks.items()):
         right.axvline(value, color="0.3", lw=1, ls=["-", "--", ":", "-."][place % 4], label=f"{name} {value:+.1f}")
     right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    right.set(xlabel="mean score, test", ylabel="vectors")
+    right.set(xlabel="mean test score", ylabel="vectors")
     return figure
 
 
@@ -243,5 +243,5 @@ def real_models(
         axes.axhline(0, color="0.8", lw=0.8, zorder=0)
         axes.set_title(model.removesuffix("-instruct"), fontsize=8)
         axes.set_xlabel("rank of the vector")
-    others[0].set_ylabel("mean score, validation")
+    others[0].set_ylabel("mean validation score")
     return figure

@@ -249,7 +249,7 @@ def test_each_order_of_reading_has_a_panel_and_each_method_a_line():
         heights = [list(np.asarray(line.get_ydata())) for line in axes.lines]
         assert [of for of in heights if len(of) > 1] == [[1 / 3, 2 / 3]] * 2  # the others belong to intervals
         assert [text.get_text() for text in axes.texts] == ["DCT", "random"]
-    assert left.get_ylabel() == "secrets given away"
+    assert left.get_ylabel() == "secrets revealed"
     assert recall({"fluent": {"DCT": CURVE}}, found="organisms unlocked").axes[0].get_ylabel() == "organisms unlocked"
 
 
