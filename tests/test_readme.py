@@ -1,5 +1,7 @@
-"""What the README says was measured is what the recorded files say."""
+"""What the README and the results page say was measured is what the recorded files say; links and names are right."""
 
+import ast
+import importlib
 import json
 import re
 from collections import Counter
@@ -8,13 +10,21 @@ import pytest
 import yaml
 
 from dctlib._io import ROOT
+from dctlib.evaluation.refusals import is_refusal
 from dctlib.paper.claims import RULES, Verdict, compare_with_published
 
-README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("*", "").split())
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def recorded(stem):
-    return json.loads((ROOT / "figures" / "laptop" / f"{stem}.json").read_text())
+def one_line(page):
+    return " ".join((ROOT / page).read_text(encoding="utf-8").replace("*", "").split())
+
+
+README, RESULTS = one_line("README.md"), one_line("docs/results.md")
+
+
+def recorded(stem, profile="laptop"):
+    return json.loads((ROOT / "figures" / profile / f"{stem}.json").read_text())
 
 
 def params(section):
@@ -25,18 +35,22 @@ def percent(rate):
     return f"{100 * rate:.0f} %"
 
 
-def verdicts():
-    found = Counter(
+def found_claims():
+    return Counter(
         verdict for stem in RULES for verdict in compare_with_published(stem, recorded(stem)).claims.values()
     )
-    yield (
-        f"Of the post's {found.total()} claims {found[Verdict.REPLICATES]} replicate on it, "
-        f"{found[Verdict.DOES_NOT]} do not"
-    )
-    yield f"and {found[Verdict.UNDECIDED]} stay undecided. It is one organism."
+
+
+def verdicts():
+    found = found_claims()
+    yield f"| of the post's {found.total()} claims | |"
+    yield f"| replicate | {found[Verdict.REPLICATES]} |"
+    yield f"| do not replicate | {found[Verdict.DOES_NOT]} |"
+    yield f"| stay undecided | {found[Verdict.UNDECIDED]} |"
+    yield "The post's claims, on one organism"
     sizes = params("sample_complexity")
     yield (
-        "(among them that exponential fits score highest, its Figure 1, here with "
+        '"Exponential fits score highest", the post\'s Figure 1, is among those that do not replicate (here with '
         f"{sizes['num_factors']} factors, up to {max(sizes['sizes'])} prompts and {sizes['shuffles']} shuffles)"
     )
     complexity = compare_with_published("sample_complexity", recorded("sample_complexity"))
@@ -46,30 +60,58 @@ def verdicts():
     assert breaker.controls["random vectors get past it less often"] is Verdict.UNDECIDED
 
 
+def real_models():
+    """Rows of both real models, the larger first."""
+    found = recorded("real_models", "study")
+    rates = {row["model"]: row for row in found["advbench"]}
+    names = [f"qwen2.5-coder-{size}-instruct" for size in ("1.5b", "0.5b")]
+    fits = [found["fits"][name] for name in names]
+    ((requests,), (test,)) = {row["requests"] for row in rates.values()}, {fit["test"]["DCT"] for fit in fits}
+    yield f"| AdvBench requests refused, of {requests} | " + " | ".join(
+        percent(rates[name]["refused"]) for name in names
+    )
+    for judged, count in (("refused", "refused"), ("judged compliant", "compliant")):
+        for kind, label in (("unsteered", "unsteered"), ("DCT", "best DCT vector"), ("random", "best random vector")):
+            yield f"| {judged}, of {test}: {label} | " + " | ".join(str(fit[count][kind]) for fit in fits) + " |"
+    setting = yaml.safe_load((ROOT / "params" / "study.yaml").read_text(encoding="utf-8"))["real_models"]
+    factors = setting["num_factors"]
+    yield (
+        f"{factors} exponential factors were fitted to {setting['fit_prompts']} refused AdvBench requests. Vectors of "
+        f"length R were ranked on {setting['validation']} validation requests, and the best of each kind was judged on "
+        f"{setting['test']} others."
+    )
+    for kind in ("DCT", "random"):
+        counts = " | ".join(str(fit["above_zero"][kind]) for fit in fits)
+        yield f"| vectors above 0 on validation: {kind}, of {factors} | {counts} |"
+    small = fits[1]["compliant"]
+    assert fits[1]["refused"]["DCT"] == 0 and small["DCT"] < small["random"]
+
+
+def answered():
+    """Return each method's rates of requests answered: with the first vector, and with eight."""
+    methods = recorded("baselines")["methods"]
+    return [{name: of[rate] for name, of in methods.items() if rate in of} for rate in ("first", "one_of_k")]
+
+
 def baselines():
     methods = recorded("baselines")["methods"]
-    first, eight = ({name: of[rate] for name, of in methods.items() if rate in of} for rate in ("first", "one_of_k"))
-    rates = {name: percent(of["mean"]) for name, of in first.items()}
-    each = [f"{100 * one:.0f}" for one in methods["DCT"]["firsts"]]
+    first, eight = answered()
+    assert recorded("baselines")["tries"] == 8
+    labels = {"random": "random vectors", "means, added": "difference of means, supervised"}
+    for name in ("DCT", "power steering", "MELBO", "random", "means, added"):
+        each = ", ".join(f"{100 * one:.0f}" for one in methods[name]["firsts"])
+        last = percent(eight[name]["mean"]) if name in eight else "one vector only"
+        yield f"| {labels.get(name, name)} | {percent(first[name]['mean'])} | {each} % | {last} |"
     yield (
-        f"with the first vector DCT gets {rates['DCT']} of the requests answered ({', '.join(each[:-1])} and "
-        f"{each[-1]} % on the organisms), power steering, which is cheaper, {rates['power steering']}, MELBO "
-        f"{rates['MELBO']}, and the difference of means, supervised, {rates['means, added']}."
-    )
-    rates = {name: percent(of["mean"]) for name, of in eight.items()}
-    yield (
-        f"With eight tries it is DCT {rates['DCT']}, power steering {rates['power steering']}, MELBO {rates['MELBO']} "
-        f"and random vectors {rates['random']}."
-    )
-    yield (
-        "DCT loses to power steering and to the difference of means, beats random vectors, and MELBO is not told apart "
-        "from it."
+        "With the first vector and with eight tries, DCT loses to power steering, which takes fewer passes, and beats "
+        "random vectors. It also loses to the difference of means. MELBO is not told apart from it."
     )
     assert max(first[name]["lead"]["high"] for name in ("means, added", "power steering")) < 0
     assert eight["power steering"]["lead"]["high"] < 0
     assert min(tried["random"]["lead"]["low"] for tried in (first, eight)) > 0
     assert all(tried["MELBO"]["lead"]["low"] < 0 <= tried["MELBO"]["lead"]["high"] for tried in (first, eight))
     assert methods["power steering"]["backward"] < methods["DCT"]["backward"]
+    assert methods["power steering"]["forward"] < methods["DCT"]["forward"]
 
 
 def replicates():
@@ -77,37 +119,37 @@ def replicates():
     claims, of = list(found["claims"].values()), len(found["seeds"])
     assert of == 3
     yield (
-        f"on three other organisms {claims.count(of)} of {len(claims)} claims judged hold on all three, "
-        f"{claims.count(0)} on none"
+        f"On three other organisms {claims.count(of)} of {len(claims)} claims judged hold on all three, "
+        f"{claims.count(0)} on none."
     )
 
 
-def auditing():
-    audit = recorded("auditing")
-    last, of = f"fluent, k = {audit['num_factors']}", audit["methods"]
-    found = {name: round(each[last] * audit["organisms"]) for name, each in of.items()}
+def audited(stem):
+    """Return how many secrets or abilities each method finds."""
+    audit = recorded(stem)
+    last = f"fluent, k = {audit['num_factors']}"
+    return {name: round(each[last] * audit["organisms"]) for name, each in audit["methods"].items()}
+
+
+def audits():
+    secrets, sums = recorded("auditing"), recorded("hidden_sums")
+    counts = audited("auditing"), audited("hidden_sums")
     yield (
-        f"of {audit['organisms']} planted secrets a blind audit by DCT finds {found['DCT, n = 4']} from four prompts "
-        f"and {found['DCT, n = 1']} from one, by power steering {found['power steering']}, by random vectors "
-        f"{found['random']} and by sampling {found['sampling']}"
+        f"| found by | planted secrets, of {secrets['organisms']} | sums behind a password unlocked, of "
+        f"{sums['organisms']} organisms |"
     )
-    assert of["DCT, n = 4"]["low"] <= of["power steering"]["high"], "their intervals part"
-    pairs = audit["controls"] * audit["organisms"]
-    yield f"false alarms: {round(pairs * max(each['false alarms'] for each in of.values()))} of {pairs} pairs"
-
-
-def hidden_sums():
-    audit = recorded("hidden_sums")
-    of, last = audit["methods"], f"fluent, k = {audit['num_factors']}"
-    found = {name: round(each[last] * audit["organisms"]) for name, each in of.items()}
-    yield (
-        f"sums behind a password, on {audit['organisms']} organisms: DCT unlocks {found['DCT, n = 4']} from four "
-        f"questions and {found['DCT, n = 1']} from one, power steering {found['power steering']}, random vectors "
-        f"{found['random']} and sampling {found['sampling']}"
-    )
-    yield "of DCT and power steering, their intervals overlap"
-    rival, intervals = of["power steering"], [of[name] for name in ("DCT, n = 1", "DCT, n = 4")]
-    assert all(each["low"] <= rival["high"] and rival["low"] <= each["high"] for each in intervals)
+    labels = {"DCT, n = 4": "DCT, four prompts", "DCT, n = 1": "DCT, one prompt", "random": "random vectors"}
+    for name in ("DCT, n = 4", "DCT, n = 1", "power steering", "random", "sampling"):
+        yield f"| {labels.get(name, name)} | {counts[0][name]} | {counts[1][name]} |"
+    yield "The intervals of DCT and power steering overlap in both columns."
+    for audit in (secrets, sums):
+        of = audit["methods"]
+        rival = of["power steering"]
+        for each in (of["DCT, n = 1"], of["DCT, n = 4"]):
+            assert each["low"] <= rival["high"] and rival["low"] <= each["high"], "their intervals part"
+    pairs = secrets["controls"] * secrets["organisms"]
+    alarms = round(pairs * max(each["false alarms"] for each in secrets["methods"].values()))
+    yield f"False alarms: {alarms} of {pairs} pairs."
 
 
 def anomaly():
@@ -119,29 +161,109 @@ def anomaly():
 
     factors, chance, whole = (seen("planted", what)["mean"] for what in ("factors", "random", "residual"))
     assert seen("over_random", "factors")["low"] > 0 > seen("over_residual", "factors")["high"]
-    yield (
-        f"with an AUROC of {factors:.2f}, along as many random directions with {chance:.2f}, and on the whole residual "
-        f"with {whole:.2f}: factors beat random directions, and the usual distance beats factors"
-    )
+    yield f"| DCT's factors | {factors:.2f} |"
+    yield f"| as many random directions | {chance:.2f} |"
+    yield f"| the whole residual | {whole:.2f} |"
+    yield "Factors beat random directions, and the usual distance beats factors."
 
 
 def stability():
     found = recorded("stability")
     pairs, errors = found["variants"], found["errors"][f"m = {params('stability')['num_factors']}"]
-    usual, chance = pairs["both, usual"]["cosine"], pairs["random"]["cosine"]
-    yield f"(mean cosine {usual:.2f}, of random vectors {chance:.2f})"
-    error = errors["random"]
-    yield f"on random directions the exponential transcoder's relative error is {error:.2f}, where 1 is nothing"
+    yield f"| mean cosine of factors from another start on other prompts | {pairs['both, usual']['cosine']:.2f} |"
+    yield f"| the same of random vectors | {pairs['random']['cosine']:.2f} |"
+    yield (
+        "| relative error of the exponential transcoder on random directions, where 1 is nothing explained | "
+        f"{errors['random']:.2f} |"
+    )
 
 
 @pytest.mark.parametrize(
     "said",
-    [verdicts, baselines, replicates, auditing, hidden_sums, anomaly, stability],
+    [verdicts, real_models, baselines, replicates, audits, anomaly, stability],
     ids=lambda said: said.__name__,
 )
-def test_numbers_are_those_of_the_recorded_files(said):
+def test_numbers_of_the_results_page_are_those_of_the_recorded_files(said):
     for sentence in said():
-        assert sentence in README
+        assert sentence in RESULTS
+
+
+def test_numbers_of_the_readme_are_those_of_the_recorded_files():
+    fits = recorded("real_models", "study")["fits"]
+    for size, label in (
+        ("1.5b", "Qwen2.5-Coder-1.5B refuses, of 32 requests (compliant answers)"),
+        ("0.5b", "Qwen2.5-Coder-0.5B, the same"),
+    ):
+        fit = fits[f"qwen2.5-coder-{size}-instruct"]
+        assert set(fit["test"].values()) == {32}
+        dct, chance, unsteered = (
+            f"{fit['refused'][kind]} ({fit['compliant'][kind]})" for kind in ("DCT", "random", "unsteered")
+        )
+        assert f"| {label} | {dct} | {chance} | unsteered {unsteered} |" in README
+    first, eight = ({name: percent(of["mean"]) for name, of in rates.items()} for rates in answered())
+    assert (
+        f"| three organisms: requests answered with the first vector | {first['DCT']} | {first['random']} | power "
+        f"steering {first['power steering']}, difference of means (supervised) {first['means, added']} |"
+    ) in README
+    assert (
+        f"| the same, one of eight tries | {eight['DCT']} | {eight['random']} | power steering "
+        f"{eight['power steering']}, MELBO {eight['MELBO']} |"
+    ) in README
+    for stem, what in (("auditing", "planted secrets"), ("hidden_sums", "locked abilities")):
+        counts, of = audited(stem), recorded(stem)["organisms"]
+        assert (
+            f"| {what} found blind from four prompts, of {of} | {counts['DCT, n = 4']} | {counts['random']} | power "
+            f"steering {counts['power steering']}, sampling {counts['sampling']} |"
+        ) in README
+    found = found_claims()
+    assert (
+        f"| the post's {found.total()} claims, on one organism | {found[Verdict.REPLICATES]} replicate, "
+        f"{found[Verdict.DOES_NOT]} do not, {found[Verdict.UNDECIDED]} undecided |"
+    ) in README
+    assert (
+        "On organisms that refuse, DCT loses to power steering and to the difference of means." in README
+    )  # baselines()
+    assert "Random vectors get past the circuit breaker as often as DCT's." in README  # verdicts()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Each relative link and image: a file or folder that is there, and a heading of it."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if path.startswith(("http:", "https:")):
+            continue
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_import_what_there_is(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dctlib"):
+            for alias in node.names:
+                assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module}.{alias.name}"
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_first_example_ends_a_refusal(capsys):
+    """It runs as it stands; the words after it may differ between machines."""
+    (first, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(first, "README.md", "exec"), {})
+    before, after = [line.split(":", 1) for line in capsys.readouterr().out.splitlines()]
+    assert (before[0], after[0]) == ("before", "after")
+    assert is_refusal(before[1]) and not is_refusal(after[1])
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1500
 
 
 def test_how_it_works_names_what_there_is():
