@@ -84,10 +84,10 @@ def discover(
     ] = "",
     **values: Any,
 ) -> None:
-    """Find what a model hides: fit a transcoder, rank its vectors with no target word, and show their completions.
+    """Find what a model hides: search for vectors that do something, each at a length that breaks little.
 
     Writes runs/NAME/discover_explorer.html to browse, runs/NAME/discover.json, and vectors/NAME/discover to share.
-    Slices, fits and completions are remembered: a second run with another ranking is quick.
+    A search is remembered: a second run with another ranking takes seconds. Nothing found is an answer, too.
 
     Example: python -m dctlib discover --model qwen2.5-coder-0.5b-instruct --prompts harmful
     """
@@ -105,6 +105,7 @@ def discover(
 
     from dctlib.discovery.discover import DiscoveryPaths
     from dctlib.discovery.discover import discover as run_discovery
+    from dctlib.evaluation.judges import truncate
     from dctlib.models.loading import silence_transformers
 
     silence_transformers()
@@ -115,10 +116,10 @@ def discover(
         shared=ROOT / "vectors" / name / "discover",
     )
     found = run_discovery(options, paths)
-    excerpts = found.excerpts(characters=min(80, options.shown_characters))
-    print(f"\nThe first {len(excerpts)} vectors by {options.rank_by}, with the completion of a held-out instruction:")
-    for row in excerpts.to_dict("records"):
-        print(f"  {row['vector']:>4}  {row[options.rank_by]:8.3g}  {row['says']}")
+    print(f"\n{found.explanation}")
+    for number, row in enumerate(found.table.to_dict("records")):
+        line = truncate(row["says"], min(80, options.shown_characters))
+        print(f"  {number:>2}  {row['source']:16}  {options.rank_by} {row[options.rank_by]:4.2f}  {line}")
     for purpose, path in {"browse": paths.explorer, "numbers": paths.results, "share": paths.shared}.items():
         print(f"{purpose + ':':9}{os.path.relpath(path)}")
 

@@ -20,7 +20,7 @@ from dctlib import (
     score_vectors,
     steer,
 )
-from dctlib.steering.effects import change_norm_by_layer, effects
+from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -114,12 +114,11 @@ def test_calibration(llamas, tokenizer, texts):
     assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
-def test_scores_effects_growth_and_completions_under_vectors_of_either_device(llamas, tokenizer, texts):
+def test_scores_effects_and_completions_under_vectors_of_either_device(llamas, tokenizer, texts):
     vectors = 3 * unit_rows(4, D)
     for read in (
         lambda model, vectors: score_vectors(model, tokenizer, texts, vectors, layer=1, progress=False),
         lambda model, vectors: effects(model, tokenizer, texts, vectors, layer=1, progress=False).divergence,
-        lambda model, vectors: change_norm_by_layer(model, tokenizer, texts, vectors, layer=1),
     ):
         expected = read(llamas[0], vectors)
         for given in (vectors, vectors.cuda()):

@@ -13,12 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.evaluation.refusals import is_refusal
 from dctlib.evaluation.repetition import is_repetitive
 from dctlib.evaluation.thoughts import answer_of
-from dctlib.models.likelihood import Example, mean_nll
+from dctlib.models.likelihood import Example, token_nll
 
 _OPENING = 3  # tokens; the rest of an answer follows from them
-_OTHERS = 2  # prompts that an answer is compared with
+_LEAST_EXAMPLES = 3
 _FLUENT = 0.9  # fraction of the model's own answers that are fluent by definition
-_MIN_PMI = 0.1  # nats a token
+_BEGINNING = 12  # tokens, in which novelty is looked for: an answer that begins otherwise goes on as is likely then
+_SURPRISE = 4.0  # nats
+_PMI = 0.5  # nats a token
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,28 +30,30 @@ class Grades:
     Attributes
     ----------
     novelty : Tensor
-        1 − exp(−x), with x the nats a token by which the unsteered model finds an answer less likely than its own.
+        1 − exp(−x / 4), with x the nats by which the unsteered model finds the first 12 tokens of an answer less likely
+        than as many of its own.
     fluency : Tensor
         1 for text that is as likely as the model's own answers to harmless requests. It falls by a factor of e for
         every nat a token beyond.
+    relevance : Tensor
+        How much more likely an answer is after its own request than after another: 1 from half a nat a token on, 0 if
+        it is not.
     varied : bool Tensor
         Not repetitive.
     reopened : bool Tensor
         It opens otherwise than the unsteered answers do, and is not one refusal in place of another.
-    on_request : bool Tensor
-        More likely after its own request than after others.
     """
 
     novelty: Float[Tensor, "k n"]
     fluency: Float[Tensor, "k n"]
+    relevance: Float[Tensor, "k n"]
     varied: Bool[Tensor, "k n"]
     reopened: Bool[Tensor, "k n"]
-    on_request: Bool[Tensor, "k n"]
 
     @property
     def product(self) -> Float[Tensor, "k n"]:
         """The product of all, from 0 to 1."""
-        return self.novelty * self.fluency * self.varied * self.reopened * self.on_request
+        return self.novelty * self.fluency * self.relevance * self.varied * self.reopened
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +64,15 @@ class Criteria:
     ----------
     model, tokenizer
         The model that is steered; it is read without steering.
-    neutral : list of str
-        Harmless prompts in chat format, after which text is read for fluency, whatever it answers.
+    neutral : str
+        A harmless prompt in chat format, after which text is read for fluency, whatever it answers.
     max_nll : float
-        Mean −log p of a token, in nats, up to which text after them counts as fluent.
+        Mean −log p of a token, in nats, up to which text after it counts as fluent.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    neutral: list[str]
+    neutral: str
     max_nll: float
 
     @classmethod
@@ -84,24 +88,15 @@ class Criteria:
         ValueError
             If there are fewer.
         """
-        if len(examples) <= _OTHERS:
-            raise ValueError(f"got {len(examples)} answers to harmless requests, expected at least {_OTHERS + 1}")
-        neutral = [example.prompt for example in examples[:_OTHERS]]
-        answers = [answer_of(example.answer) for example in examples[_OTHERS:]]
-        unbounded = cls(model, tokenizer, neutral, math.inf)
-        nll = unbounded._nll((prompt, answer) for prompt in neutral for answer in answers)
-        each = [_mean(nll[prompt, answer] for prompt in neutral) for answer in answers]
-        finite = torch.tensor([value for value in each if math.isfinite(value)])
-        return cls(model, tokenizer, neutral, finite.quantile(_FLUENT).item() if len(finite) else math.inf)
+        if len(examples) < _LEAST_EXAMPLES:
+            raise ValueError(f"got {len(examples)} answers to harmless requests, expected at least {_LEAST_EXAMPLES}")
+        neutral, *others = examples
+        answers = [answer_of(example.answer) for example in others]
+        nll = cls(model, tokenizer, neutral.prompt, math.inf)._nll((neutral.prompt, answer) for answer in answers)
+        means = [each.mean() for each in nll.values() if len(each)]
+        return cls(model, tokenizer, neutral.prompt, torch.stack(means).quantile(_FLUENT).item() if means else math.inf)
 
-    def grade(
-        self,
-        texts: Sequence[str],
-        unsteered: Sequence[str],
-        completions: Sequence[Sequence[str]],
-        *,
-        read_request: bool = True,
-    ) -> Grades:
+    def grade(self, texts: Sequence[str], unsteered: Sequence[str], completions: Sequence[Sequence[str]]) -> Grades:
         """Grade the completions of n texts under k vectors.
 
         Parameters
@@ -112,8 +107,6 @@ class Criteria:
             Their n completions without steering, of as many tokens.
         completions : sequence of sequence of str
             For each vector its n.
-        read_request : bool
-            Whether answers must be on the request. False suits a few tokens, which do not yet tell.
         """
         n = len(texts)
         before = [answer_of(completion) for completion in unsteered]
@@ -124,9 +117,10 @@ class Criteria:
         common = {opening for opening, count in Counter(openings).items() if count > 1 and 2 * count >= n}
 
         def novelty(row: int, i: int) -> float:
-            likeliest = own[texts[i], before[i]]
-            surprise = own[texts[i], answers[row][i]] - (likeliest if math.isfinite(likeliest) else 0.0)
-            return -math.expm1(-max(0.0, surprise))
+            found, usual = own[texts[i], answers[row][i]], own[texts[i], before[i]]
+            compared = min(_BEGINNING, len(found), len(usual))
+            surprise = (found[:compared] - usual[:compared]).sum().item()
+            return -math.expm1(-max(0.0, surprise) / _SURPRISE)
 
         def is_reopened(row: int, i: int) -> bool:
             opening = self._opening(answers[row][i])
@@ -137,39 +131,32 @@ class Criteria:
         varied = {(row, i): bool(answers[row][i]) and not is_repetitive(answers[row][i]) for row, i in cells}
         reopened = {cell: is_reopened(*cell) for cell in cells}
 
-        # Only answers that are still in question are read after other prompts; the rest count as not fluent.
+        # Only answers that are still in question are read after other prompts; the rest count as neither.
         left = [cell for cell in cells if graded[cell] > 0 and varied[cell] and reopened[cell]]
-        general = self._nll((prompt, answers[row][i]) for row, i in left for prompt in self.neutral)
-        fluency = dict.fromkeys(cells, 0.0)
+        following = {i: texts[(i + 1) % n] for i in range(n)}
+        general = self._nll((self.neutral, answers[row][i]) for row, i in left)
+        elsewhere = self._nll((following[i], answers[row][i]) for row, i in left)
+        fluency, relevance = dict.fromkeys(cells, 0.0), dict.fromkeys(cells, 0.0)
         for row, i in left:
-            excess = _mean(general[prompt, answers[row][i]] for prompt in self.neutral) - self.max_nll
+            answer = answers[row][i]
+            excess = general[self.neutral, answer].mean().item() - self.max_nll
+            pmi = (elsewhere[following[i], answer] - own[texts[i], answer]).mean().item()
             fluency[row, i] = math.exp(-max(0.0, excess))
-
-        on_request = dict.fromkeys(cells, not read_request)
-        if read_request:
-            others = {i: [texts[(i + shift) % n] for shift in range(1, min(_OTHERS, n - 1) + 1)] for i in range(n)}
-            elsewhere = self._nll((text, answers[row][i]) for row, i in left for text in others[i])
-            for row, i in left:
-                after_others = _mean(elsewhere[text, answers[row][i]] for text in others[i])
-                on_request[row, i] = after_others - own[texts[i], answers[row][i]] >= _MIN_PMI
+            relevance[row, i] = min(max(pmi / _PMI, 0.0), 1.0)
 
         def table(values: Mapping[tuple[int, int], float]) -> Tensor:
             return torch.tensor([values[cell] for cell in cells]).view(len(answers), n)
 
-        return Grades(table(graded), table(fluency), table(varied), table(reopened), table(on_request))
+        return Grades(table(graded), table(fluency), table(relevance), table(varied), table(reopened))
 
-    def _nll(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """Return the mean −log p of a token of each pair's answer after its prompt, each pair read once."""
+    def _nll(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Float[Tensor, " tokens"]]:
+        """Return −log p of the tokens of each pair's answer after its prompt, each pair read once."""
         ordered = sorted(set(pairs))  # because a tree of prompts holds once what its neighbours share
         if not ordered:
             return {}
         examples = [Example(prompt, answer, ends=False) for prompt, answer in ordered]
-        return dict(zip(ordered, mean_nll(self.model, self.tokenizer, examples).tolist(), strict=True))
+        losses = (each.float().cpu() for each in token_nll(self.model, self.tokenizer, examples))
+        return dict(zip(ordered, losses, strict=True))
 
     def _opening(self, answer: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(answer, add_special_tokens=False)[:_OPENING])
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = [*values]
-    return sum(found) / len(found)

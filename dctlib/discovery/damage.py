@@ -67,13 +67,15 @@ def measure_damage(
     examples : sequence of Example
         Prompts and answers, see :func:`unsteered_answers`.
     vectors : Tensor, (k, d)
-        Each is added to h_layer at every position.
+        Each is added to h_layer at every position. There may be none.
 
     Raises
     ------
     ValueError
         If the model cannot be replayed from `layer` on, or a logit is not finite.
     """
+    if not len(vectors):
+        return torch.zeros(0)
     blocks = list(get_blocks(model))[layer:]
     vectors = vectors.to(model.device)
     total, count = torch.zeros(len(vectors), dtype=torch.float64), 0

@@ -19,22 +19,29 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from dctlib._io import atomic_path
-from dctlib.discovery.completions import SteeredCompletions
-from dctlib.discovery.ranking import Discovery
+from dctlib.discovery.found import FoundVectors
 from dctlib.evaluation.judges import truncate
 from dctlib.models.chat import Instruction, last_user_turn
 
 _ABOUT = {
-    "vector": "its number in the fit",
-    "alpha": "weight α of the factor in the fit",
-    "change": "length of Δ(v) at the target layer",
-    "divergence": "mean KL(steered ‖ clean) of the next token, in nats",
-    "next": "token that most often comes first",
-    "score": "mean logit(positive word) − logit(negative word) of the next token",
-    "cluster": "vectors that point one way share a number",
-    "fluent": "fraction of its completions that are fluent and differ from the unsteered one",
-    "perplexity": "median, under the clean model, of its completions at the first strength",
-    "nearest": "the shown factor of the largest |cos(v, v′)|",
+    "vector": "its number among the candidates",
+    "found": "1 for a vector that the search returned: held_out is above no vector's and above elsewhere, by a margin",
+    "source": "the method that it comes from; random vectors are the control",
+    "multiple": "its length in units of R",
+    "length": "its length in units of the residual stream",
+    "damage": "mean KL(steered ‖ unsteered) in nats a token, on answers to harmless requests; the lower the better",
+    "score": "0 to 1, on all requests: the product of the grades, or with a judge its fraction of True",
+    "held_out": "the score on the requests that the search did not use; compare it with that of random directions",
+    "elsewhere": "the score on harmless requests; a vector that scores as high there changes any answer",
+    "excess": "score less elsewhere: what a vector does to these requests more than to harmless ones",
+    "novelty": "0 to 1: how unlikely the unsteered model finds the beginnings of the completions",
+    "fluency": "0 to 1: 1 is as likely as the model's own answers",
+    "varied": "fraction of completions that are not repetitive",
+    "reopened": "fraction that opens otherwise than the unsteered completions, and not with another refusal",
+    "relevance": "0 to 1: how much likelier completions are after their own requests than after others",
+    "first": "the score in the first round: few requests and few tokens",
+    "says": "a completion, cut short",
+    "nearest": "the shown vector of the largest |cos(v, v′)|",
     "cosine": "cos(v, v′) with the nearest",
 }
 
@@ -47,29 +54,26 @@ class Exploration:
     ----------
     title : str
     facts : mapping of str to str
-        How the run was made: model, slice, R, method, seed.
+        How the run was made: model, slice, R, seed.
     table : DataFrame, k rows
-        The result of :func:`dctlib.discovery.ranking.rank_and_cluster`. Any further column is shown, sorted and
-        filtered too.
+        Columns ``vector``, a number of its own for each, and any others, which are shown, sorted and filtered.
     V, U : Tensor, (k, d_source) and (k, d_target)
-        Directions of the table's rows, in its order.
+        Of the table's rows, in its order: the vectors, and what each writes at the target layer.
     instructions : sequence of str or of conversations
         The n instructions that were completed. Of a conversation, the last user turn is shown.
-    completions : SteeredCompletions
-        Their completions, without steering and at each strength.
-    completed : sequence of int
-        The ``vector`` numbers, in the order of ``completions.steered[strength]``; the table may hold more.
+    unsteered : sequence of str
+        Their completions without steering.
+    completions : mapping of int to sequence of str
+        Those under a vector, by its number. The table may hold more vectors.
     shown_characters : int
         Completions are cut to this length; what is cut is not in the file.
-    norms : Tensor, (k, layers + 1), optional
-        Length of the change of the residual stream at each layer.
     hide : bool
         Whether completions are folded until asked for.
 
     Raises
     ------
     ValueError
-        If counts or shapes do not fit each other, or a number is not finite.
+        If counts or shapes do not fit each other, or a number of V or U is not finite.
     """
 
     title: str
@@ -78,53 +82,56 @@ class Exploration:
     V: Float[Tensor, "k d_source"]
     U: Float[Tensor, "k d_target"]
     instructions: Sequence[Instruction]
-    completions: SteeredCompletions
-    completed: Sequence[int]
+    unsteered: Sequence[str]
+    completions: Mapping[int, Sequence[str]]
     shown_characters: int
-    norms: Float[Tensor, "k depths"] | None = None
     hide: bool = True
 
     @classmethod
-    def from_discovery(
+    def from_search(
         cls,
         title: str,
         facts: Mapping[str, str],
-        found: Discovery,
+        found: FoundVectors,
+        effects: Float[Tensor, "m d_target"],
         instructions: Sequence[Instruction],
         *,
         shown_characters: int,
+        hide: bool = True,
     ) -> "Exploration":
-        """Return the content of a page about a discovery, with its completions of `instructions`."""
-        order = found.ranked["vector"].tolist()
+        """Return the content of a page about all candidates of a search.
+
+        Parameters
+        ----------
+        effects : Tensor, (m, d_target)
+            What each row of ``found.directions`` writes at the target layer.
+        instructions : sequence of str or of conversations
+            Those that the search validated on.
+        """
+        order = found.candidates.index.tolist()
         return cls(
             title=title,
             facts=facts,
-            table=found.ranked,
-            V=found.dct.V.cpu()[order],
-            U=found.dct.U.cpu()[order],
+            table=found.candidates.astype({"found": int}).reset_index(names="vector"),
+            V=found.directions[order],
+            U=effects.cpu()[order],
             instructions=instructions,
+            unsteered=found.unsteered,
             completions=found.completions,
-            completed=found.shown,
             shown_characters=shown_characters,
-            norms=found.change_norms,
+            hide=hide,
         )
 
     def __post_init__(self) -> None:
         if "vector" not in self.table or not len(self.table) or not self.table["vector"].is_unique:
             raise ValueError(f"got a table of {list(self.table)}, expected rows that each have their own vector number")
-        k, n, completed = len(self.table), len(self.instructions), len(self.completed)
-        for name, rows in {"V": self.V, "U": self.U, "norms": self.norms}.items():
-            if rows is not None and (rows.ndim != 2 or len(rows) != k or not rows.isfinite().all()):
+        k, n = len(self.table), len(self.instructions)
+        for name, rows in {"V": self.V, "U": self.U}.items():
+            if rows.ndim != 2 or len(rows) != k or not rows.isfinite().all():
                 raise ValueError(f"got {name} {tuple(rows.shape)}, expected ({k}, …), finite: index it by table.vector")
-        if len(set(self.completed) & set(self.table["vector"])) < completed:
-            raise ValueError(f"got completed {list(self.completed)}, expected vectors of the table, each once")
-        steered = self.completions.steered.values()
-        counts = {len(self.completions.perplexity), *map(len, steered)}
-        if counts != {completed} or not steered:
-            raise ValueError(
-                f"got completions of {sorted(counts)} vectors, expected {completed}, one for each completed"
-            )
-        counts = {len(each) for vectors in steered for each in vectors} | {len(self.completions.clean)}
+        if unknown := set(self.completions) - set(self.table["vector"]):
+            raise ValueError(f"got completions of {sorted(unknown)}, expected vectors of the table")
+        counts = {len(self.unsteered), *map(len, self.completions.values())}
         if counts != {n}:
             raise ValueError(f"got {sorted(counts)} completions, expected {n}, one for each of the instructions")
         if self.shown_characters < 1:
@@ -167,35 +174,23 @@ def _datatables() -> str:
 def _content(run: Exploration) -> dict[str, Any]:
     """Return the data of the page, as JSON."""
     vectors = run.table["vector"].tolist()
-    completions = run.completions
-    strengths = sorted(completions.steered)
     similar = {"v": _similar(run.V, vectors), "u": _similar(run.U, vectors)}
-    perplexity = dict(zip(run.completed, completions.perplexity, strict=True))
-    columns: dict[str, list] = {"vector": vectors, **run.table.rename(columns={"alike": "cluster"}).to_dict("list")}
-    columns.setdefault("perplexity", [perplexity.get(vector) for vector in vectors])
+    columns: dict[str, list] = {"vector": vectors, **run.table.to_dict("list")}
     columns["nearest"] = [neighbours[0][0] if neighbours else None for neighbours in similar["v"]]
     columns["cosine"] = [neighbours[0][1] if neighbours else None for neighbours in similar["v"]]
-    steered = {
-        int(vector): [
-            [truncate(text, run.shown_characters) for text in completions.steered[strength][row]]
-            for strength in strengths
-        ]
-        for row, vector in enumerate(run.completed)
-    }
     return {
         "columns": [
             {"name": name, "about": _ABOUT.get(name), "decimals": _decimals(columns[name])} for name in columns
         ],
         "rows": list(zip(*([_cell(value) for value in values] for values in columns.values()), strict=True)),
-        "map": _map(run.V),
+        "map": _map(run.U),
         "similar": similar,
-        "norms": None if run.norms is None else _rounded(run.norms),
-        "median": None if run.norms is None else run.norms.quantile(0.5, 0).tolist(),
         "instructions": [last_user_turn(instruction) for instruction in run.instructions],
-        "clean": [truncate(text, run.shown_characters) for text in completions.clean],
-        "strengths": strengths,
-        "start": strengths.index(next(iter(completions.steered))),
-        "steered": steered,
+        "unsteered": [truncate(text, run.shown_characters) for text in run.unsteered],
+        "steered": {
+            int(vector): [truncate(text, run.shown_characters) for text in texts]
+            for vector, texts in run.completions.items()
+        },
         "hide": run.hide,
     }
 

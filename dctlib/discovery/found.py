@@ -1,8 +1,11 @@
-"""What a search returns: vectors at their lengths, and a table of what they do."""
+"""What a search returns: vectors at their lengths, and tables of what was read."""
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dctlib.discovery.criteria import Grades
-from dctlib.discovery.reading import Reading
+from dctlib.discovery.reading import Halving, Reading
 from dctlib.evaluation.judges import truncate
 from dctlib.models.chat import Instruction, last_user_turn
 
 _PARTS = [field.name for field in dataclasses.fields(Grades)]
-COLUMNS = ["source", "multiple", "length", "damage", "score", "held_out", "elsewhere", *_PARTS, "request", "says"]
+NUMBERS = ["multiple", "length", "damage", "score", "held_out", "elsewhere", "excess", *_PARTS, "first"]
+COLUMNS = ["source", *NUMBERS[:-1], "request", "says"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,60 +28,150 @@ class FoundVectors:
 
     Attributes
     ----------
-    vectors : Tensor, (k, d)
-        Each at its own length, float32 on the CPU: ``steer(model, layer=found.layer, vector=found.vectors[0])``.
     layer : int
-        Where they are added.
-    table : DataFrame
-        A row for each vector: ``source``, the method that found it; ``multiple``, its ``length`` in units of R;
-        ``damage``, in nats a token; ``score``, on all validation requests; ``held_out``, on those that the search did
-        not use; ``elsewhere``, on harmless requests, NaN with a judge; the means of the grades by
-        :class:`dctlib.discovery.criteria.Grades`; and ``request`` and ``says``, one held-out request and its
-        completion, cut short.
-    null : float
-        The best ``held_out`` of as many random vectors that went the same way, and of the unsteered model.
+        Where vectors are added.
     input_scale : float
         R.
+    random : float
+        The best ``held_out`` of a random direction that went the same way; NaN if none was left.
+    candidates : DataFrame
+        All vectors that were read: the found ones, best first, then the others by how far they came. The index is the
+        row of `directions`. Columns: ``found``; ``source``, the method; ``multiple``, its ``length`` in units of R;
+        ``damage``, in nats a token; ``score``, on all validation requests; ``held_out``, on those that no vector was
+        chosen on; ``elsewhere``, on harmless requests, NaN with a judge; ``excess``, ``score`` less ``elsewhere``; the
+        means of the grades by :class:`dctlib.discovery.criteria.Grades`; ``request`` and ``says``, one held-out request
+        and its completion, cut short; ``first``, the score in the first round. NaN stands where a vector was not read
+        so far.
+    directions : Tensor, (m, d)
+        All candidates, each at the length at which it was read last, float32 on the CPU.
+    unsteered : list of str
+        Completions of the validation requests without steering.
+    completions : dict of int to list of str
+        Those under the vectors that were read on all of them, by their row of `directions`.
     """
 
-    vectors: Float[Tensor, "k d"]
     layer: int
-    table: pd.DataFrame
-    null: float
     input_scale: float
+    random: float
+    candidates: pd.DataFrame
+    directions: Float[Tensor, "m d"]
+    unsteered: list[str]
+    completions: dict[int, list[str]]
+
+    @property
+    def vectors(self) -> Float[Tensor, "k d"]:
+        """The vectors found, each at its own length: ``steer(model, layer=found.layer, vector=found.vectors[0])``."""
+        return self.directions[self.candidates.index[self.candidates["found"]].tolist()]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each of :attr:`vectors`: the columns of :attr:`candidates` but for the first and the last."""
+        return self.candidates.loc[self.candidates["found"], COLUMNS].reset_index(drop=True)
+
+    def sorted_by(self, column: str) -> "FoundVectors":
+        """Return the same with the vectors found sorted by a column, the best first, which of damage is the least."""
+        found = self.candidates[self.candidates["found"]].sort_values(
+            column, ascending=column == "damage", kind="stable"
+        )
+        return replace(self, candidates=self.candidates.loc[[*found.index, *self.candidates.index.drop(found.index)]])
+
+    def summary(self) -> dict[str, Any]:
+        """Return the slice's source, R, counts, and the table's rows as JSON-able results."""
+        return {
+            "source": self.layer,
+            "input_scale": self.input_scale,
+            "random": None if math.isnan(self.random) else self.random,
+            "of": len(self.candidates),
+            "found": len(self.table),
+            "sources": self.table["source"].value_counts().to_dict(),
+            "meaning": self.explanation,
+            "readings": json.loads(self.table.to_json(orient="records", double_precision=10)),
+        }
+
+    def to_result(self) -> dict[str, Any]:
+        """Return what :func:`dctlib.runs.cache.remember` stores: JSON, and tensors beside it."""
+        rest = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        table = json.loads(self.candidates.to_json(orient="split", double_precision=15))
+        return rest | {"candidates": table, "random": None if math.isnan(self.random) else self.random}
+
+    @classmethod
+    def from_result(cls, result: Mapping[str, Any]) -> "FoundVectors":
+        """Return what :meth:`to_result` was made from."""
+        table = pd.DataFrame(**result["candidates"]).astype(dict.fromkeys(NUMBERS, float))
+        completions = {int(row): texts for row, texts in result["completions"].items()}
+        random = math.nan if result["random"] is None else result["random"]
+        return cls(**{**result, "candidates": table, "completions": completions, "random": random})
 
     @property
     def explanation(self) -> str:
         """What the result means, in a sentence or two."""
+        reached = "none was left to compare" if math.isnan(self.random) else f"the best reaches {self.random:.2f}"
         if len(self.table):
             return (
-                f"{len(self.table)} vectors do more to held-out requests than the best random vector of their lengths "
-                f"({self.null:.2f}), within the bound on damage."
+                f"{len(self.table)} vectors change held-out requests, within the bound on damage, and more than they "
+                f"change harmless ones. Of random directions, {reached}."
             )
         return (
-            "Nothing found: within the bound on damage, no vector does more to held-out requests than random vectors "
-            "of the same length, or than it does to harmless requests. The model may hide nothing here, or a wider "
-            "fit, another slice, other requests or a larger max_damage may show it."
+            "Nothing found: within the bound on damage, no vector does more to held-out requests than it does to "
+            "harmless ones, or than no vector does. The model may hide nothing here, or a wider fit, another slice, "
+            "other requests or a larger max_damage may show it."
         )
 
 
-def rows_above(table: pd.DataFrame, *, null: float, margin: float) -> list[int]:
-    """Return the places of rows whose ``held_out`` is above the null and above ``elsewhere``, by a margin each."""
-    bound = table["elsewhere"].fillna(null).clip(lower=null)  # with a judge, nothing was read elsewhere
-    return np.flatnonzero(table["held_out"] >= bound + margin).tolist()
+def is_above(table: pd.DataFrame, *, unsteered: float, margin: float) -> pd.Series:
+    """Return whether each row's ``held_out`` is above the unsteered score and its ``elsewhere``, by a margin each."""
+    bound = table["elsewhere"].fillna(unsteered).clip(lower=unsteered)  # with a judge, nothing was read elsewhere
+    return table["held_out"] >= bound + margin
 
 
-def grade_columns(reading: Reading, k: int) -> dict[str, list[float]]:
-    """Return the mean of each grade over all requests, for the first `k` vectors."""
-    grades = reading.grades
-    return {name: getattr(grades, name)[:k].float().mean(1).tolist() for name in _PARTS}
+def describe_candidates(
+    sources: Sequence[str],
+    lengths: Sequence[float],
+    halving: Halving,
+    requests: Sequence[Instruction],
+    finalists: pd.DataFrame,
+    *,
+    characters: int,
+) -> pd.DataFrame:
+    """Return ``FoundVectors.candidates``.
+
+    Parameters
+    ----------
+    sources, lengths
+        Of each row, its method and the length at which it was read last.
+    requests : sequence of str or of conversations
+        Those of the halving, of which each row shows the first.
+    finalists : DataFrame
+        The rows of :data:`COLUMNS` that were read on all requests, with ``found``, best first.
+    """
+    table = pd.DataFrame({"source": sources, "length": lengths, "request": "", "says": "", "first": np.nan})
+    last_round = pd.Series(0, index=table.index)
+    for number, (rows, reading) in enumerate(halving.rounds):
+        if number == 0:
+            table.loc[rows, "first"] = reading.scores()
+        last_round[rows] = number + 1
+        table.loc[rows, "request"] = truncate(last_user_turn(requests[0]), characters)
+        table.loc[rows, "says"] = [truncate(each[0], characters) for each in reading.completions]
+    missing = [name for name in [*COLUMNS, "found"] if name not in table]
+    table = table.reindex(columns=[*table.columns, *missing]).astype({"found": object})
+    table["found"] = False
+    for name in finalists:
+        table.loc[finalists.index, name] = finalists[name]
+    behind = table.drop(finalists.index).assign(round=last_round).sort_values(["round", "first"], ascending=False)
+    order = [*finalists.index[finalists["found"]], *finalists.index[~finalists["found"]], *behind.index]
+    return table.loc[order, ["found", *COLUMNS, "first"]].astype({"found": bool})
+
+
+def grade_columns(reading: Reading) -> dict[str, list[float]]:
+    """Return the mean of each grade over all requests."""
+    return {name: getattr(reading.grades, name).float().mean(1).tolist() for name in _PARTS}
 
 
 def excerpt_columns(
-    reading: Reading, requests: Sequence[Instruction], held_out: slice, k: int, characters: int
-) -> dict[str, list[str]]:
-    """Return the held-out request on which each of `k` vectors scores best, and its completion, both cut short."""
-    best = [held_out.start + place for place in reading.each[:k, held_out].argmax(1).tolist()]
+    reading: Reading, requests: Sequence[Instruction], held_out: slice, characters: int
+) -> Mapping[str, list[str]]:
+    """Return the held-out request on which each vector scores best, and its completion, both cut short."""
+    best = [held_out.start + place for place in reading.each[:, held_out].argmax(1).tolist()]
     return {
         "request": [truncate(last_user_turn(requests[i]), characters) for i in best],
         "says": [truncate(reading.completions[row][i], characters) for row, i in enumerate(best)],

@@ -1,88 +1,39 @@
-"""Lengths of steering vectors: the one that scores best of those that do little damage."""
+"""Lengths of steering vectors: the longest one that does little damage."""
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dctlib.discovery.damage import measure_damage
-from dctlib.discovery.pool import Pool
-from dctlib.discovery.reading import Reader
-from dctlib.evaluation.selection import Candidate
-from dctlib.models.chat import Instruction
-from dctlib.models.likelihood import Example
+SHORTEST, LONGEST = 0.25, 1.4
+"""The range of lengths, in units of R."""
 
-MULTIPLES = (0.35, 0.5, 0.7, 1.0, 1.4)
-"""Lengths in units of R at which damage is measured, shortest first."""
+Measure = Callable[[Float[Tensor, "k d"]], Float[Tensor, " k"]]
 
-_BISECTIONS = 2
-_TRIED = 3  # lengths of each vector that are read, the longest ones within the bound
+_FIRST = 0.7
+_STEPS = 4
+_AIM, _CLOSE = 0.95, 0.9  # fractions of the bound: what is aimed at, and what will do
 
 
-def choose_lengths(
-    reader: Reader,
-    requests: Sequence[Instruction],
-    examples: Sequence[Example],
-    pool: Pool,
-    rows: Sequence[int],
-    *,
-    max_damage: float,
-    max_new_tokens: int,
-) -> list[Candidate]:
-    """Return vectors of a pool at the length that scores best of those within the bound on damage, best vector first.
+def estimate_lengths(measure: Measure, vectors: Float[Tensor, "k d"], max_damage: float) -> list[float]:
+    """Return the multiple of each vector whose damage is about the bound, if it grows with the square of the length.
 
-    Vectors that no length keeps within the bound are left out.
-
-    Parameters
-    ----------
-    requests : sequence of str or of conversations
-        What each vector is read on at up to three lengths.
-    examples : sequence of Example
-        Answers on which damage is measured.
-    rows : sequence of int
-        Rows of the pool.
-    max_damage : float
-        In nats a token.
-    max_new_tokens : int
-        Tokens of a completion.
+    One measurement is made, at multiple 0.7. For the parameters see :func:`longest_within`.
     """
-    measure = partial(measure_damage, reader.model, reader.tokenizer, examples, layer=reader.layer)
-    limits = longest_within(measure, pool.input_scale * pool.directions[rows], max_damage).tolist()
-    tried = [(row, multiple) for row, limit in zip(rows, limits, strict=True) for multiple in _lengths_up_to(limit)]
-    candidates = [
-        Candidate(reader.layer, multiple * pool.input_scale * pool.directions[row], pool.sources[row], multiple)
-        for row, multiple in tried
-    ]
-    if not candidates:
-        return []
-    reading = reader.read(requests, stack_vectors(candidates), max_new_tokens=max_new_tokens)
-    best: dict[int, Candidate] = {}
-    for place in reading.order():  # equals stay in their order, the shorter length first
-        best.setdefault(tried[place][0], candidates[place])
-    return [*best.values()]
-
-
-def stack_vectors(candidates: Sequence[Candidate]) -> Float[Tensor, "k d"]:
-    """Return the vectors of `candidates` as rows."""
-    return torch.stack([candidate.vector for candidate in candidates])
-
-
-def _lengths_up_to(limit: float) -> list[float]:
-    """Return the largest multiples that were measured within the bound, shortest first; none for a limit of 0."""
-    return [*(multiple for multiple in MULTIPLES if multiple < limit), limit][-_TRIED:] if limit else []
+    damages = measure(_FIRST * vectors).tolist()
+    return [_clip(_FIRST * math.sqrt(max_damage / max(damage, 1e-9))) for damage in damages]
 
 
 def longest_within(
-    measure: Callable[[Float[Tensor, "k d"]], Float[Tensor, " k"]],
-    vectors: Float[Tensor, "k d"],
-    max_damage: float,
-) -> Float[Tensor, " k"]:
-    """Return the largest multiple of each vector up to which its damage stays within a bound, 0 if none does.
+    measure: Measure, vectors: Float[Tensor, "k d"], max_damage: float, *, start: Sequence[float]
+) -> list[float]:
+    """Return the largest multiple of each vector, 0.25 to 1.4, whose damage is within a bound; 0 if there is none.
 
-    Damage is measured at rising :data:`MULTIPLES`, up to a vector's first that is beyond the bound. So a damage that
-    falls again further on does not count. The gap before the first is halved twice, by geometric means.
+    Damage is taken to grow with length. It is measured at `start` and then, up to three times, where the line through
+    the logarithms of two measurements meets the bound. A result that uses nine tenths of the bound will do.
 
     Parameters
     ----------
@@ -92,21 +43,54 @@ def longest_within(
         At multiple 1.
     max_damage : float
         The bound, in the units of `measure`.
+    start : sequence of float
+        The multiple of each at which to begin.
     """
-    within, beyond = torch.zeros(len(vectors)), torch.full((len(vectors),), torch.nan)
+    brackets = [_Bracket(_clip(multiple)) for multiple in start]
+    for _ in range(_STEPS):
+        open_ones = [(row, each) for row, each in enumerate(brackets) if not each.is_closed(max_damage)]
+        if not open_ones:
+            break
+        multiples = [each.next_multiple(max_damage) for _, each in open_ones]
+        scaled = torch.stack([multiple * vectors[row] for (row, _), multiple in zip(open_ones, multiples, strict=True)])
+        for (_, each), multiple, damage in zip(open_ones, multiples, measure(scaled).tolist(), strict=True):
+            each.add(multiple, damage, max_damage)
+    return [each.low for each in brackets]
 
-    def measure_at(rows: Tensor, multiples: Tensor) -> Tensor:
-        if not len(rows):
-            return rows
-        harmless = measure(multiples[:, None] * vectors[rows]) <= max_damage
-        within[rows[harmless]] = multiples[harmless]
-        beyond[rows[~harmless]] = multiples[~harmless]
-        return rows[harmless]
 
-    climbing = torch.arange(len(vectors))
-    for multiple in MULTIPLES:
-        climbing = measure_at(climbing, torch.full((len(climbing),), multiple))
-    between = torch.nonzero((within > 0) & beyond.isfinite()).flatten()
-    for _ in range(_BISECTIONS):
-        measure_at(between, (within * beyond).sqrt()[between])
-    return within
+def _clip(multiple: float) -> float:
+    return min(max(multiple, SHORTEST), LONGEST) if math.isfinite(multiple) else SHORTEST
+
+
+@dataclass
+class _Bracket:
+    """The longest multiple known to be within the bound, the shortest known to be beyond it, and their damage."""
+
+    start: float
+    low: float = 0.0
+    low_damage: float = 0.0
+    high: float = math.inf
+    high_damage: float = math.inf
+
+    def is_closed(self, max_damage: float) -> bool:
+        return self.low >= LONGEST or self.high <= SHORTEST or self.low_damage >= _CLOSE * max_damage
+
+    def add(self, multiple: float, damage: float, max_damage: float) -> None:
+        if damage <= max_damage:
+            self.low, self.low_damage = multiple, damage
+        else:  # also if it is not a number
+            self.high, self.high_damage = multiple, damage
+
+    def next_multiple(self, max_damage: float) -> float:
+        aim = _AIM * max_damage
+        if self.high == math.inf and self.low == 0:
+            return self.start
+        if self.high == math.inf:  # damage grows at least with the square at first
+            return min(LONGEST, self.low * math.sqrt(aim / max(self.low_damage, aim / 16)))
+        if self.low == 0:
+            share = aim / self.high_damage if math.isfinite(self.high_damage) else 0.0
+            return max(SHORTEST, self.high * share)
+        place = 0.5
+        if self.low_damage > 0 and math.isfinite(self.high_damage):
+            place = math.log(aim / self.low_damage) / math.log(self.high_damage / self.low_damage)
+        return self.low * (self.high / self.low) ** min(max(place, 0.1), 0.9)

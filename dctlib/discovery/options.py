@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["exponential", "quadratic", "linear"]
-
 
 def chat_options(system: str | None, template_arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options of :func:`dctlib.format_chat` that a system message and ``NAME=VALUE`` arguments make.
@@ -59,44 +57,40 @@ class DiscoverOptions(BaseModel):
         4, ge=1, strict=True, description="Instructions to fit, the first of the file. 4 to 12 suffice."
     )
     validation: int = Field(
-        8, ge=2, strict=True, description="Instructions after those, which vectors are measured and completed on."
+        16,
+        ge=4,
+        strict=True,
+        description="Instructions after those: vectors are chosen on the first half and checked on the second.",
     )
     source: int | None = Field(
         None,
         ge=0,
         strict=True,
-        description="Layer to add vectors at, as in hidden_states. Left out with the target: three slices are scanned.",
+        description="Layer to add vectors at, as in hidden_states. Left out with the target: a third of the depth.",
     )
     target: int | None = Field(
         None, ge=1, strict=True, description="Layer to measure at, about a third of the model deeper."
     )
-    method: Method = Field(
-        "exponential",
-        description="exponential, the post's best; quadratic; or linear, exact: a backward pass for each coordinate of "
-        "the residual stream, however few factors.",
-    )
     num_factors: int = Field(
-        64, ge=2, strict=True, description="Width m of the fit. A wider fit also finds rarer behaviour."
+        32, ge=1, strict=True, description="Width m of the fit. A wider fit also finds rarer behaviour."
     )
-    iterations: int = Field(10, ge=1, strict=True, description="Iterations of the fit.")
-    nonlinearity: float = Field(
-        0.5, gt=0, description="λ, which sets the vectors' length R. Lower it if completions are word salad."
+    iterations: int = Field(8, ge=1, strict=True, description="Iterations of the fit.")
+    nonlinearity: float = Field(0.5, gt=0, description="λ, which sets R, the length at which vectors are read first.")
+    max_damage: float = Field(
+        0.5,
+        gt=0,
+        description="Largest damage of a vector to answers to harmless requests, in nats a token. Lower it if "
+        "completions are word salad.",
     )
-    rank_by: Literal["fluent", "divergence", "change", "alpha", "score"] = Field(
-        "fluent",
-        description="fluent (fraction of completions that are fluent and new), divergence (of the next token), change "
-        "(at the target layer), alpha, or score (of words).",
+    margin: float = Field(
+        0.1,
+        gt=0,
+        description="What a vector's score, 0 to 1, must have above that of no vector and of harmless requests.",
     )
-    words: tuple[str, str] | None = Field(
-        None, description="Two words of one token each, to rank by score: a positive and a negative one."
+    rank_by: Literal["excess", "score", "held_out", "damage", "novelty", "fluency", "relevance"] = Field(
+        "excess", description="Column that sorts the vectors found."
     )
-    shown: int = Field(12, ge=2, strict=True, description="Vectors to show: the first of each cluster.")
-    strengths: list[float] = Field(
-        [1.0, 0.5, 1.5],
-        min_length=1,
-        description="Multiples of R to complete at, the option once for each. Vectors are ranked at the first.",
-    )
-    answer_tokens: int = Field(32, ge=1, strict=True, description="Tokens of a completion.")
+    answer_tokens: int = Field(48, ge=4, strict=True, description="Tokens of a completion.")
     shown_characters: int = Field(
         400, ge=1, strict=True, description="Characters of a completion that are stored and shown."
     )
@@ -111,12 +105,14 @@ class DiscoverOptions(BaseModel):
             raise ValueError("give both source and target, or neither")
         if self.source is not None and self.target is not None and self.source >= self.target:
             raise ValueError(f"source={self.source} must lie below target={self.target}")
-        if self.rank_by == "score" and self.words is None:
-            raise ValueError("rank_by='score' needs two words")
-        if min(self.strengths) <= 0 or len(set(self.strengths)) < len(self.strengths):
-            raise ValueError(f"strengths={self.strengths} must be above 0, each once")
         chat_options(self.system, self.template_arguments)
         return self
+
+    def slice_of(self, depth: int) -> tuple[int, int]:
+        """Return source and target: those given or, of a model of `depth` blocks, a third and two thirds."""
+        third = max(1, depth // 3)
+        source = min(depth // 3, depth - 1) if self.source is None else self.source
+        return source, source + third if self.target is None else self.target
 
     @property
     def chat(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
 from dctlib.fits.power_steering import power_steering
 from dctlib.fits.solvers import fit_exponential, fit_linear
@@ -13,6 +14,11 @@ from dctlib.maps.base import DifferentiableMap
 from dctlib.maps.orthogonalise import normalise
 
 _UNSIGNED = 4  # directions of each method that leaves the sign open; both signs are candidates
+_RANDOM = 16
+_DIRECTIONS = 8  # of the calibration: R within a tenth will do, because each survivor gets a length of its own
+
+RANDOM = "random"
+"""The source of the control: random directions, which go the same way as all others and are never returned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +42,16 @@ class Pool:
     def __len__(self) -> int:
         return len(self.directions)
 
+    @property
+    def controls(self) -> list[int]:
+        """The rows of random directions."""
+        return [row for row, source in enumerate(self.sources) if source == RANDOM]
+
 
 def find_candidates(
     cmap: DifferentiableMap, num_factors: int, *, nonlinearity: float = 0.5, iterations: int = 10, seed: int = 0
 ) -> Pool:
-    """Return the candidates of exponential DCT, power steering and projected linear DCT.
+    """Return the candidates of exponential DCT, power steering and projected linear DCT, and 16 random directions.
 
     Parameters
     ----------
@@ -60,7 +71,7 @@ def find_candidates(
     ValueError
         As :func:`dctlib.calibrate` and the fits.
     """
-    R = calibrate(cmap, nonlinearity=nonlinearity, seed=seed)
+    R = calibrate(cmap, nonlinearity=nonlinearity, num_directions=_DIRECTIONS, seed=seed)
     few = min(_UNSIGNED, cmap.d_source, cmap.d_target)
     exponential = fit_exponential(cmap, num_factors, input_scale=R, iterations=iterations, seed=seed, progress=False)
     powers = power_steering(cmap, few, seed=seed, progress=False)
@@ -69,6 +80,7 @@ def find_candidates(
         "exponential": exponential.V,
         "power steering": torch.cat([powers, -powers]),
         "projected linear": torch.cat([linear.V, -linear.V]),
+        RANDOM: random_vectors(_RANDOM, cmap.d_source, norm=1.0, seed=seed),
     }
     directions = torch.cat([normalise(rows.cpu().float()) for rows in found.values()])
     sources = [name for name, rows in found.items() for _ in rows]

@@ -19,6 +19,7 @@ Judge = Callable[[Sequence[Instruction], Sequence[str]], Sequence[bool]]
 """``judge(requests, completions)``: a verdict on each completion of the request at its place."""
 
 _PROMPTS = 4  # of the first round of a halving
+_CONTROLS = 2  # that each round of a halving keeps
 _CONSISTENT = 0.75  # fraction of prompts that count, the worst ones: no single prompt makes a vector
 
 
@@ -30,6 +31,8 @@ class Reading:
     ----------
     completions : list of list of str
         For each vector its n completions.
+    unsteered : list of str
+        The n completions without a vector.
     grades : Grades
         Of each, by the criteria.
     verdicts : Tensor, (k, n), or None
@@ -37,6 +40,7 @@ class Reading:
     """
 
     completions: list[list[str]]
+    unsteered: list[str]
     grades: Grades
     verdicts: Float[Tensor, "k n"] | None
 
@@ -82,14 +86,10 @@ class Reader:
         vectors: Float[Tensor, "k d"],
         *,
         max_new_tokens: int,
-        read_request: bool = True,
     ) -> Reading:
-        """Complete requests under each vector, and judge and grade the completions.
-
-        `read_request` is that of :meth:`dctlib.discovery.criteria.Criteria.grade`.
-        """
+        """Complete requests under each vector, and judge and grade the completions."""
         texts = format_chat(self.tokenizer, requests, **self.chat)
-        with_zero = torch.cat([torch.zeros_like(vectors[:1]), vectors])
+        with_zero = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])
         unsteered, *completions = generate_per_vector(
             self.model,
             self.tokenizer,
@@ -99,13 +99,13 @@ class Reader:
             max_new_tokens=max_new_tokens,
             progress=False,
         )
-        grades = self.criteria.grade(texts, unsteered, completions, read_request=read_request)
+        grades = self.criteria.grade(texts, unsteered, completions)
         verdicts = None
         if self.judge is not None:
             flat = [completion for each in completions for completion in each]
             found = ask_judge(self.judge, [*requests] * len(completions), flat)
-            verdicts = torch.tensor(found, dtype=torch.float).view(len(completions), -1)
-        return Reading(completions, grades, verdicts)
+            verdicts = torch.tensor(found, dtype=torch.float).view(len(completions), len(requests))
+        return Reading(completions, unsteered, grades, verdicts)
 
 
 def ask_judge(judge: Judge, requests: Sequence[Instruction], completions: Sequence[str]) -> list[bool]:
@@ -128,33 +128,58 @@ def ask_judge(judge: Judge, requests: Sequence[Instruction], completions: Sequen
     return [bool(verdict) for verdict in found]
 
 
+@dataclass(frozen=True, eq=False)
+class Halving:
+    """The result of a successive halving.
+
+    Attributes
+    ----------
+    rows, controls : list of int
+        The rows of the vectors that are left, best first.
+    rounds : list of (list of int, Reading)
+        For each round, the rows that were read and their reading.
+    """
+
+    rows: list[int]
+    controls: list[int]
+    rounds: list[tuple[list[int], Reading]]
+
+
 def halve(
     reader: Reader,
     requests: Sequence[Instruction],
     vectors: Float[Tensor, "m d"],
     *,
+    controls: Sequence[int] = (),
     most: int,
     least: int,
     max_new_tokens: int,
-) -> list[int]:
-    """Return the rows of at most `most` vectors, best first, by successive halving on the text that they cause.
+) -> Halving:
+    """Keep at most `most` vectors, and two controls, by successive halving on the text that they cause.
 
     The first round reads all vectors on four requests, for a quarter of `max_new_tokens`. Each round keeps the upper
     third, and the next reads it on twice the requests for twice the tokens.
 
     Parameters
     ----------
+    controls : sequence of int
+        Rows that compete with each other alone: each round keeps the best two.
     most : int
-        Rounds end when no more are left.
+        Rounds end when no more others are left.
     least : int
-        A round keeps at least as many.
+        A round keeps at least as many others.
     """
-    rows = [*range(len(vectors))]
+    rows = [row for row in range(len(vectors)) if row not in set(controls)]
+    control = [*controls]
+    rounds: list[tuple[list[int], Reading]] = []
     prompts, tokens = _PROMPTS, max(1, max_new_tokens // 4)
     while len(rows) > most:
-        first = len(rows) == len(vectors)  # its few tokens hold an opening, before the topic
-        reading = reader.read(requests[:prompts], vectors[rows], max_new_tokens=tokens, read_request=not first)
+        read = [*rows, *control]
+        reading = reader.read(requests[:prompts], vectors[read], max_new_tokens=tokens)
+        rounds.append((read, reading))
         kept = max(min(least, most), math.ceil(len(rows) / 3))
-        rows = [rows[place] for place in reading.order()[:kept]]
+        order = [read[place] for place in reading.order()]
+        rows = [row for row in order if row in set(rows)][:kept]
+        control = [row for row in order if row in set(control)][:_CONTROLS]
         prompts, tokens = 2 * prompts, min(2 * tokens, max_new_tokens)
-    return rows
+    return Halving(rows, control, rounds)

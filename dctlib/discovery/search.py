@@ -3,6 +3,7 @@
 import importlib.resources
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -15,21 +16,38 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.discovery.criteria import Criteria
 from dctlib.discovery.damage import measure_damage, unsteered_answers
-from dctlib.discovery.found import COLUMNS, FoundVectors, excerpt_columns, grade_columns, rows_above
-from dctlib.discovery.lengths import choose_lengths, stack_vectors
-from dctlib.discovery.pool import Pool, find_candidates
-from dctlib.discovery.reading import Judge, Reader, ask_judge, halve
-from dctlib.evaluation.selection import Candidate
-from dctlib.fits.baselines import random_vectors
+from dctlib.discovery.found import (
+    FoundVectors,
+    describe_candidates,
+    excerpt_columns,
+    grade_columns,
+    is_above,
+)
+from dctlib.discovery.lengths import estimate_lengths, longest_within
+from dctlib.discovery.pool import RANDOM, find_candidates
+from dctlib.discovery.reading import Judge, Reader, Reading, ask_judge, halve
+from dctlib.evaluation.judges import fraction_true
 from dctlib.maps.causal import CausalMap
-from dctlib.maps.orthogonalise import normalise
 from dctlib.models.chat import Instruction, format_chat
 from dctlib.steering.generation import generate_completions
 
-_STAGES = ("unsteered answers", "calibrate and fit", "halve on text", "choose lengths", "read and compare")
-_MOST_LENGTHS = 16  # vectors that get a length of their own
+# Each stage with its share of the time, in percent.
+_STAGES = {
+    "unsteered answers": 5,
+    "calibrate and fit": 40,
+    "halve on text": 20,
+    "choose lengths": 20,
+    "read and compare": 15,
+}
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+SEARCH_VERSION = 1
+"""Part of the key of remembered searches: raise it with any change that alters :func:`search_vectors`' results."""
+
+_SURVIVORS = 16  # of the halving
 _FINALISTS = 8
 _RANKING_PROMPTS = 8  # on which lengths are compared
+_ELSEWHERE = 8  # harmless requests that finalists are read on
+_FEW_ANSWERS, _ANSWERS = 4, 8  # to harmless requests, on which lengths are estimated and chosen
 _LEAST_VALIDATION = 4
 _LEAST_BENIGN = 6
 
@@ -40,9 +58,11 @@ class SearchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_damage: float = Field(0.5, gt=0, description="Largest damage of a vector, in nats a token.")
-    margin: float = Field(0.1, gt=0, description="What a score, from 0 to 1, must have above the null's best.")
+    margin: float = Field(
+        0.1, gt=0, description="What a score, from 0 to 1, must have above that of no vector and of harmless requests."
+    )
     nonlinearity: float = Field(0.5, gt=0, description="λ of the calibration.")
-    iterations: int = Field(10, ge=1, strict=True, description="Iterations of the exponential fit.")
+    iterations: int = Field(8, ge=1, strict=True, description="Iterations of the exponential fit.")
     answer_tokens: int = Field(
         48, ge=1, strict=True, description="Tokens of a completion in the last reading; the first takes a quarter."
     )
@@ -66,10 +86,11 @@ def search_vectors(
 ) -> FoundVectors:
     """Search for steering vectors by the text that they cause, and give each a length that does little damage.
 
-    Candidates of three methods are fitted to `fit`. Successive halving reads all of them at length R, on few tokens of
-    the first half of `validation`, and at most 16 survive. Of the lengths at which a survivor's damage stays within a
-    bound, it gets the one that scores best. The best 8 are read on all of `validation`. Those are returned whose score
-    on the second half is above that of random vectors by a margin.
+    Candidates of three methods are fitted to `fit`, and random directions join them as a control. Successive halving
+    reads all of them on few tokens of the first half of `validation`, each at a length whose damage is about a bound.
+    At most 16 survive, and two random ones. Their lengths are then measured to be within the bound. The best 8, and the
+    random ones, are read on all of `validation`. A vector is found if its score on the second half is above that of no
+    vector, by a margin.
 
     The score of a vector is the fraction of its completions that the judge finds True. Without a judge it is the
     product of graded criteria, :class:`dctlib.discovery.criteria.Grades`, averaged over the worst three quarters of
@@ -118,9 +139,10 @@ def search_vectors(
     if not 1 <= num_factors <= cmap.d_source:
         raise ValueError(f"got num_factors={num_factors}, expected 1 to the model's width, {cmap.d_source}")
     chosen_on, reported_on = benign[::2], benign[1::2]
-    ranking, tokens = validation[: len(validation) // 2], settings.answer_tokens
+    ranking, held_out = validation[: len(validation) // 2], slice(len(validation) // 2, None)
+    tokens = settings.answer_tokens
 
-    with tqdm(total=len(_STAGES), disable=not settings.progress) as bar:
+    with tqdm(total=100, disable=not settings.progress, bar_format=_BAR) as bar:
         _announce(bar, 1)
         if judge is not None:
             _check_judge(model, tokenizer, judge, validation, tokens, chat)
@@ -131,88 +153,100 @@ def search_vectors(
         pool = find_candidates(
             cmap, num_factors, nonlinearity=settings.nonlinearity, iterations=settings.iterations, seed=seed
         )
+        at_R = pool.input_scale * pool.directions
 
         _announce(bar, 3)
-        at_R = pool.input_scale * pool.directions
-        survivors = halve(reader, ranking, at_R, most=_MOST_LENGTHS, least=_FINALISTS, max_new_tokens=tokens)
+
+        def damage(rows: Float[Tensor, "k d"], answers: int) -> Float[Tensor, " k"]:
+            return measure_damage(model, tokenizer, examples[:answers], rows, layer=source)
+
+        estimate = estimate_lengths(partial(damage, answers=_FEW_ANSWERS), at_R, settings.max_damage)
+        vectors = torch.tensor(estimate)[:, None] * at_R
+        halving = halve(
+            reader, ranking, vectors, controls=pool.controls, most=_SURVIVORS, least=_FINALISTS, max_new_tokens=tokens
+        )
 
         _announce(bar, 4)
-        finalists = choose_lengths(
-            reader,
-            ranking[:_RANKING_PROMPTS],
-            examples,
-            pool,
-            survivors,
-            max_damage=settings.max_damage,
-            max_new_tokens=math.ceil(tokens / 2),
-        )[:_FINALISTS]
+        survivors = [*halving.rows, *halving.controls]
+        limits = longest_within(
+            partial(damage, answers=_ANSWERS),
+            at_R[survivors],
+            settings.max_damage,
+            start=[estimate[row] for row in survivors],
+        )
+        multiples = {row: limit for row, limit in zip(survivors, limits, strict=True) if limit}
+        for row, multiple in multiples.items():
+            vectors[row] = multiple * at_R[row]
+        reading = reader.read(ranking[:_RANKING_PROMPTS], vectors[[*multiples]], max_new_tokens=math.ceil(tokens / 2))
+        ranked = [[*multiples][place] for place in reading.order()]
+        finalists = [row for row in ranked if row in halving.rows][:_FINALISTS]
+        finalists += [row for row in ranked if row in halving.controls]
 
         _announce(bar, 5)
-        if not finalists:
-            return FoundVectors(pool.directions[:0], source, pd.DataFrame(columns=COLUMNS), math.nan, pool.input_scale)
-        null = _null_vectors(reader, ranking, pool, finalists, tokens, seed)
-        table, best_null = _read_finalists(
-            reader, validation, reported_on[: len(validation)] if judge is None else None, finalists, null, settings
-        )
+        reading = reader.read(validation, vectors[finalists], max_new_tokens=tokens)
+        unsteered = 0.0  # without a judge, because nothing that the model says anyway is new
+        if judge is not None:
+            unsteered = fraction_true(ask_judge(judge, validation[held_out], reading.unsteered[held_out]))
+        table = _describe_finalists(reading, finalists, vectors, validation, held_out, settings)
+        promising = table.index[table["held_out"] >= unsteered + settings.margin].tolist()
+        if judge is None and promising:
+            elsewhere = reader.read(reported_on[:_ELSEWHERE], vectors[promising], max_new_tokens=tokens)
+            table.loc[promising, "elsewhere"] = elsewhere.scores()
         harmless = unsteered_answers(model, tokenizer, reported_on, **chat)
-        ranked = stack_vectors(finalists)[table.index.tolist()]
-        table["damage"] = measure_damage(model, tokenizer, harmless, ranked, layer=source).tolist()
-        bar.update()
-    better = rows_above(table, null=best_null, margin=settings.margin)
-    table = table[COLUMNS].iloc[better].reset_index(drop=True)
-    return FoundVectors(ranked[better], source, table, best_null, pool.input_scale)
+        table["damage"] = measure_damage(
+            model, tokenizer, harmless, vectors[table.index.tolist()], layer=source
+        ).tolist()
+        _announce(bar, len(_STAGES) + 1)
+    table["source"] = [pool.sources[row] for row in table.index]
+    table["multiple"] = [multiples[row] for row in table.index]
+    table["excess"] = table["score"] - table["elsewhere"].fillna(0 if judge else math.nan)
+    table["found"] = is_above(table, unsteered=unsteered, margin=settings.margin)
+    candidates = describe_candidates(
+        pool.sources,
+        vectors.norm(dim=1).tolist(),
+        halving,
+        ranking,
+        table.sort_values("excess", ascending=False, kind="stable"),
+        characters=settings.shown_characters,
+    )
+    return FoundVectors(
+        source,
+        pool.input_scale,
+        table.loc[table["source"] == RANDOM, "held_out"].max(),
+        candidates,
+        vectors,
+        reading.unsteered,
+        dict(zip(finalists, reading.completions, strict=True)),
+    )
 
 
-def _null_vectors(
-    reader: Reader,
-    ranking: Sequence[Instruction],
-    pool: Pool,
-    finalists: Sequence[Candidate],
-    max_new_tokens: int,
-    seed: int,
-) -> Float[Tensor, "k d"]:
-    """Return the best of as many random vectors as the pool has, at the finalists' lengths, and a vector of zeros."""
-    drawn = random_vectors(len(pool), pool.directions.shape[1], norm=pool.input_scale, seed=seed)
-    k = len(finalists)
-    rows = halve(reader, ranking, drawn, most=k, least=k, max_new_tokens=max_new_tokens)
-    lengths = stack_vectors(finalists).norm(dim=1, keepdim=True)[: len(rows)]
-    return torch.cat([lengths * normalise(drawn[rows]), torch.zeros_like(drawn[:1])])
-
-
-def _read_finalists(
-    reader: Reader,
+def _describe_finalists(
+    reading: Reading,
+    rows: Sequence[int],
+    vectors: Float[Tensor, "m d"],
     validation: Sequence[Instruction],
-    elsewhere: Sequence[Instruction] | None,
-    finalists: Sequence[Candidate],
-    null: Float[Tensor, "j d"],
+    held_out: slice,
     settings: SearchSettings,
-) -> tuple[pd.DataFrame, float]:
-    """Return a row for each finalist, best first and numbered by its place in `finalists`, and the null's best score.
+) -> pd.DataFrame:
+    """Return what was read of some rows of `vectors`, best first, a row each under its number.
 
     Parameters
     ----------
-    elsewhere : sequence of str or of conversations, optional
-        Harmless instructions, on which the finalists are read for comparison.
-    null : Tensor, (j, d)
-        Vectors that are read beside the finalists.
+    reading : Reading
+        Of all of `validation`, under each of the rows.
+    held_out : slice
+        The requests that no vector was chosen on.
     """
-    k, vectors = len(finalists), stack_vectors(finalists)
-    held_out = slice(len(validation) // 2, None)
-    reading = reader.read(validation, torch.cat([vectors, null]), max_new_tokens=settings.answer_tokens)
-    scores = reading.scores(held_out)
     columns: dict[str, Any] = {
-        "source": [candidate.method for candidate in finalists],
-        "multiple": [candidate.multiplier for candidate in finalists],
-        "length": vectors.norm(dim=1).tolist(),
-        "score": reading.scores()[:k],
-        "held_out": scores[:k],
-        "elsewhere": [math.nan] * k,
+        "length": vectors[[*rows]].norm(dim=1).tolist(),
+        "score": reading.scores(),
+        "held_out": reading.scores(held_out),
+        "elsewhere": math.nan,
+        **grade_columns(reading),
+        **excerpt_columns(reading, validation, held_out, settings.shown_characters),
     }
-    if elsewhere:
-        columns["elsewhere"] = reader.read(elsewhere, vectors, max_new_tokens=settings.answer_tokens).scores()
-    columns |= grade_columns(reading, k) | excerpt_columns(reading, validation, held_out, k, settings.shown_characters)
-    order = [row for row in reading.order() if row < k]
-    return pd.DataFrame(columns).loc[order], max(scores[k:])
+    order = reading.order()
+    return pd.DataFrame(columns).loc[order].set_axis([rows[place] for place in order])
 
 
 def _our_benign() -> list[str]:
@@ -260,5 +294,7 @@ def _check_judge(
 
 def _announce(bar: tqdm, stage: int) -> None:
     """Name a stage, from 1 on, and count those before it as done."""
-    bar.update(stage - 1 - bar.n)
-    bar.set_description(f"stage {stage} of {len(_STAGES)}: {_STAGES[stage - 1]}")
+    names, shares = list(_STAGES), list(_STAGES.values())
+    bar.update(sum(shares[: stage - 1]) - bar.n)
+    if stage <= len(names):
+        bar.set_description(f"stage {stage} of {len(names)}, {names[stage - 1]}")

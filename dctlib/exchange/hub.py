@@ -1,21 +1,24 @@
-"""A transcoder as a folder to share: numbers, the facts that make them usable, a model card, and checksums."""
+"""Steering vectors as a folder to share: numbers, the facts that make them usable, a model card, and checksums."""
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dctlib._io import atomic_path, sha256
-from dctlib.fits.transcoder import Transcoder
-from dctlib.maps.nonlinearity import Activation
 
-_CONFIG, _NUMBERS, _SUMS, _CARD = "config.json", "transcoder.safetensors", "SHA256SUMS", "README.md"
+_CONFIG, _NUMBERS, _SUMS, _CARD = "config.json", "vectors.safetensors", "SHA256SUMS", "README.md"
+_TENSOR = "vectors"
 
 _TEXT = """---
 base_model: "{model}"
@@ -25,22 +28,42 @@ tags: [steering-vectors, deep-causal-transcoding]
 
 # {count} steering vectors for {model}
 
-A deep causal transcoder ({activation}) of layers {layer} to {target_layer}. A row of `V` times {scale:g} is a steering
-vector, added at every position to the input of block {layer} (`hidden_states[{layer}]`, counted from 0). The same row
-of `U` is what that writes into `hidden_states[{target_layer}]`. `config.json` says so for programs.
+The rows of `{tensor}` in `{numbers}`, best first. Each is added at every position to the input of block {layer}
+(`hidden_states[{layer}]`, counted from 0), at its own length. `config.json` says so for programs, with what was
+measured.
 
 ```python
-from dctlib import steer
+from dctlib import load_model, steer
 from dctlib.exchange.hub import load_folder
 
-dct = load_folder("this/folder").transcoder
-with steer(model, layer=dct.source, vector=dct.steering_vectors()[0]):
+model, tokenizer = load_model("{reference}")
+shared = load_folder("this/folder")
+with steer(model, layer=shared.facts.layer, vector=shared.vectors[0]):
     model.generate(**inputs)
 ```
 
-Steering vectors change what a model says, and may undo its safety training. The prompts that these were fitted on are
+{table}
+
+Steering vectors change what a model says, and may undo its safety training. The prompts that these were found on are
 not included, only their SHA-256. `sha256sum --check SHA256SUMS` tells whether the files are whole.
 """
+
+Measurement = Annotated[float, Field(allow_inf_nan=False)] | None
+
+
+class VectorFacts(BaseModel):
+    """What is known of one vector, from a row of the table of :class:`dctlib.discovery.found.FoundVectors`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    source: str
+    """The method that found it."""
+    length: Annotated[float, Field(gt=0)]
+    damage: Measurement = None
+    score: Measurement = None
+    held_out: Measurement = None
+    says: str = ""
+    """The beginning of a completion under it."""
 
 
 class Facts(BaseModel):
@@ -58,29 +81,26 @@ class Facts(BaseModel):
     """Of which block."""
     operation: Literal["add"]
     positions: Literal["all"]
-    scale: Annotated[float, Field(gt=0)]
-    """R, the length of a steering vector."""
-    activation: Activation
-    target_layer: Annotated[int, Field(ge=1)]
-    """Where U was measured."""
+    vectors: list[VectorFacts]
+    """One for each vector, in order."""
     prompts_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """:func:`prompts_digest` of what it was fitted on."""
+    """:func:`prompts_digest` of what they were found on."""
     dctlib_version: str
 
 
 @dataclass(frozen=True, eq=False)
-class SharedTranscoder:
-    """A transcoder and the facts beside it, from :func:`load_folder`.
+class SharedVectors:
+    """Steering vectors and the facts beside them, from :func:`load_folder`.
 
     Attributes
     ----------
-    transcoder : Transcoder
-        Bit for bit what was saved. Steer with its ``steering_vectors()`` at its ``source``.
+    vectors : Tensor, (k, d)
+        Bit for bit what was saved, each at its length. Steer with them at ``facts.layer``.
     facts : Facts
-        Which model it belongs to, and what to do with it there.
+        Which model they belong to, and what to do with them there.
     """
 
-    transcoder: Transcoder
+    vectors: Float[Tensor, "k d"]
     facts: Facts
 
 
@@ -91,51 +111,75 @@ def prompts_digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
-def save_folder(folder: str | Path, dct: Transcoder, *, model: str, revision: str | None, texts: Sequence[str]) -> None:
+def save_folder(
+    folder: str | Path,
+    vectors: Float[Tensor, "k d"],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    layer: int,
+    model: str,
+    revision: str | None,
+    texts: Sequence[str],
+) -> None:
     """Write a folder to share or to upload to a hub as it is, whole or not at all.
 
     Parameters
     ----------
     folder : path
         A folder that :func:`save_folder` wrote there before is replaced; any other is refused.
-    dct : Transcoder
-        A fit to a model. To share a few of its factors, give ``U``, ``V`` and ``alpha`` those rows by
-        ``dataclasses.replace``.
+    vectors : Tensor, (k, d)
+        Each at its length, best first: ``found.vectors`` of a search. There may be none.
+    rows : sequence of mappings
+        The fields of :class:`VectorFacts` for each: ``found.table.to_dict("records")``. Other keys are left out, and so
+        are lengths, which are measured.
+    layer : int
+        Where they are added.
     model : str
         The model that the reader has to load: a Hub id ``owner/name``, or a name that both know.
     revision : str or None
         Its commit on the Hub, where it has one.
     texts : sequence of str
-        The prompts that it was fitted on. Only their hash is written.
+        The prompts that they were found on. Only their hash is written.
 
     Raises
     ------
     ValueError
-        If the transcoder was fitted to a plain function, a name has other characters than letters, digits and
-        ``_ . / -``, or `folder` holds something else.
+        If a vector is zero or not finite, there is not one row for each, a name has other characters
+        than letters, digits and ``_ . / -``, or `folder` holds something else.
     """
     folder = Path(folder)
     check_replaceable(folder)
-    if dct.source is None or dct.target is None:
-        raise ValueError("this transcoder was fitted to a plain function, expected one fitted to layers of a model")
+    vectors = vectors.detach().cpu().contiguous()
+    if vectors.ndim != 2 or len(vectors) != len(rows):
+        raise ValueError(f"got vectors {tuple(vectors.shape)} and {len(rows)} rows, expected (k, d) and k rows")
     content = {
         "model": model,
         "revision": revision,
         "hook_point": "resid_pre",
+        "layer": layer,
         "operation": "add",
         "positions": "all",
-        **_repeated(dct),
+        "vectors": [
+            {name: _or_none(row[name]) for name in VectorFacts.model_fields if name in row} | {"length": length}
+            for row, length in zip(rows, _lengths(vectors), strict=True)
+        ],
         "prompts_sha256": prompts_digest(texts),
         "dctlib_version": version("dctlib"),
     }
     facts = _facts(json.dumps(content), "what to save")
+    card = _TEXT.format(
+        count=len(vectors),
+        tensor=_TENSOR,
+        numbers=_NUMBERS,
+        reference=f"{model}@{revision}" if revision else model,
+        table=_table(facts),
+        **facts.model_dump(include={"model", "layer"}),
+    )
     with atomic_path(folder) as partial:
         partial.mkdir()
-        dct.save(partial / _NUMBERS)
+        save_file({_TENSOR: vectors}, partial / _NUMBERS)
         (partial / _CONFIG).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (partial / _CARD).write_text(
-            _TEXT.format(count=len(dct.steering_vectors()), **facts.model_dump()), encoding="utf-8"
-        )
+        (partial / _CARD).write_text(card, encoding="utf-8")
         (partial / _SUMS).write_text(_sums(partial), encoding="utf-8")
 
 
@@ -146,8 +190,8 @@ def check_replaceable(folder: str | Path) -> None:
         raise ValueError(f"{folder} exists and is no folder that save_folder wrote; choose another name")
 
 
-def load_folder(folder: str | Path) -> SharedTranscoder:
-    """Return the transcoder of a folder that :func:`save_folder` wrote, and the facts about it.
+def load_folder(folder: str | Path) -> SharedVectors:
+    """Return the vectors of a folder that :func:`save_folder` wrote, and the facts about them.
 
     Three files are opened, by their exact names. Nothing is executed, unpickled or fetched. The model card may be
     edited, the rest not.
@@ -165,13 +209,18 @@ def load_folder(folder: str | Path) -> SharedTranscoder:
     if named != sums.encode():
         raise ValueError(f"{folder} is damaged: {_SUMS} does not fit {_CONFIG} and {_NUMBERS}; fetch it again")
     facts = _facts(config, str(folder / _CONFIG))
-    dct = Transcoder.load(folder / _NUMBERS)
-    for name, found in _repeated(dct).items():
-        if getattr(facts, name) != found:
-            raise ValueError(
-                f"{folder}: got {name}={getattr(facts, name)!r}, but {_NUMBERS} says {found!r}; save it again"
-            )
-    return SharedTranscoder(dct, facts)
+    try:
+        with safe_open(folder / _NUMBERS, framework="pt") as file:
+            vectors = file.get_tensor(_TENSOR)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / _NUMBERS} holds no tensor {_TENSOR!r} ({error}); save it again") from error
+    stated = [each.length for each in facts.vectors]
+    if vectors.ndim != 2 or not vectors.is_floating_point() or _lengths(vectors) != stated:
+        raise ValueError(
+            f"{folder}: got vectors {tuple(vectors.shape)} of {vectors.dtype}, but {_CONFIG} says {len(stated)} "
+            f"vectors of the lengths {stated[:3]} …; save it again"
+        )
+    return SharedVectors(vectors, facts)
 
 
 def model_reference(model: str) -> tuple[str, str | None]:
@@ -192,14 +241,25 @@ def _is_ours(folder: Path) -> bool:
     return not names or {_CONFIG, _NUMBERS, _SUMS} <= names <= {_CONFIG, _NUMBERS, _SUMS, _CARD}
 
 
-def _repeated(dct: Transcoder) -> dict[str, int | float | str | None]:
-    """Return the facts that the transcoder holds too."""
-    return {
-        "layer": dct.source,
-        "target_layer": dct.target,
-        "scale": dct.input_scale,
-        "activation": dct.activation,
-    }
+def _lengths(vectors: Float[Tensor, "k d"]) -> list[float]:
+    return [float(f"{length:.6g}") for length in vectors.double().norm(dim=1).tolist()]
+
+
+def _or_none(value: Any) -> Any:
+    """Return a value as JSON holds it: None for NaN, which stands for what was not measured."""
+    return None if isinstance(value, float) and value != value else value
+
+
+def _table(facts: Facts) -> str:
+    """Return what was measured as a table in Markdown."""
+    names = [name for name in VectorFacts.model_fields if name != "says"]
+    rows = [["vector", *names], *[["---"] * (len(names) + 1)]]
+    for number, each in enumerate(facts.vectors):
+        values = [getattr(each, name) for name in names]
+        rows.append(
+            [str(number), *(f"{value:.3g}" if isinstance(value, float) else str(value or "") for value in values)]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _facts(content: str | bytes, where: str) -> Facts:

@@ -46,10 +46,17 @@ def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequen
     return torch.cat(list(_token_losses(model, tokenizer, examples))).mean()
 
 
+def token_nll(
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[Float[Tensor, " tokens"]]:
+    """Return −log p of every token of each answer, in nats."""
+    with torch.no_grad():
+        return list(_token_losses(model, tokenizer, examples))
+
+
 def mean_nll(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Float[Tensor, " n"]:
     """Return each answer's mean −log p of a token in nats, the logarithm of its perplexity; infinity if it is empty."""
-    with torch.no_grad():
-        answers = list(_token_losses(model, tokenizer, examples))
+    answers = token_nll(model, tokenizer, examples)
     return torch.stack([losses.mean() if len(losses) else losses.new_tensor(torch.inf) for losses in answers])
 
 

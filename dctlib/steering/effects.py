@@ -1,4 +1,4 @@
-"""What many steering vectors change: the next token's distribution, and the residual layer by layer."""
+"""What many steering vectors change: the next token's distribution."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,35 +58,3 @@ def effects(
 
     found = replay_last_token(model, tokenizer, texts, vectors, read, compare=compare, layer=layer, progress=progress)
     return Effects(found[..., 0], found[..., 1].long(), found[0, :, 2].long())
-
-
-def change_norm_by_layer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    vectors: Float[Tensor, "m d"],
-    *,
-    layer: int,
-) -> Float[Tensor, "m depths"]:
-    """Return the norm of each vector's change of the last token's residual, layer by layer, mean over texts.
-
-    Returns
-    -------
-    Tensor, (m, blocks + 1)
-        At h_0 … h_blocks: zero below `layer`, where the vector is added, and its own norm there.
-
-    Raises
-    ------
-    ValueError
-        As :func:`effects`.
-    """
-
-    def read(residuals: list[Tensor]) -> Tensor:
-        return torch.stack([hidden.float().cpu() for hidden in residuals], -2)
-
-    def compare(steered: Tensor, clean: Tensor) -> Tensor:
-        return (steered - clean).norm(dim=-1)
-
-    norms = replay_last_token(model, tokenizer, texts, vectors, read, compare=compare, layer=layer, progress=False)
-    below = torch.zeros(len(vectors), layer)
-    return torch.cat([below, vectors.float().norm(dim=1, keepdim=True).cpu(), norms.mean(1)], 1)

@@ -24,12 +24,13 @@ def arguments(tmp_path, tokenizer):
     tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     (tmp_path / "mine.txt").write_text("\n".join(f"w{i} w{i + 1}" for i in range(8)))
-    small = {"num-factors": 4, "iterations": 1, "fit-prompts": 2, "validation": 3, "answer-tokens": 3, "shown": 3}
+    small = {"num-factors": 2, "iterations": 1, "fit-prompts": 2, "validation": 4, "answer-tokens": 4}
     pairs = {
         "model": tmp_path / "tiny",
         "prompts": tmp_path / "mine.txt",
         **small,
-        "strengths": 1.0,
+        "max-damage": 100.0,
+        "margin": 0.01,
         "dtype": "float32",
     }
     return [text for name, value in pairs.items() for text in (f"--{name}", str(value))]
@@ -58,7 +59,7 @@ def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_
     command = [sys.executable, "-c", program, "discover", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "[2/5] scan three slices" in done.stderr
+    assert "stage 5 of 5" in done.stderr
     printed = done.stdout.strip().splitlines()
     assert [line.split()[-1] for line in printed[-3:]] == [
         "runs/tiny/discover_explorer.html",
@@ -66,23 +67,24 @@ def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_
         "vectors/tiny/discover",
     ]
     results = json.loads((tmp_path / "runs/tiny/discover.json").read_text())
-    assert len(results["slices"]) == 3
-    assert [line.split()[0] for line in printed[1:-3]] == [str(row["vector"]) for row in results["readings"]]
+    assert (results["source"], results["target"]) == (1, 2)
+    assert printed[0] == results["meaning"]
+    assert len(printed[1:-3]) == len(results["readings"]) == results["found"] > 1
     shared = load_folder(tmp_path / "vectors/tiny/discover")
-    assert (shared.facts.model, shared.facts.scale) == ("tiny", results["input_scale"])
+    assert (shared.facts.model, shared.facts.layer) == ("tiny", 1)
+    assert [each.says for each in shared.facts.vectors] == [row["says"] for row in results["readings"]]
     assert "What tiny hides" in (tmp_path / "runs/tiny/discover_explorer.html").read_text()
 
     remembered = sorted(path.name for path in (tmp_path / ".cache/tiny").iterdir())
     with pytest.raises(SystemExit) as stopped:
-        run(*arguments, "--rank-by", "divergence")
+        run(*arguments, "--rank-by", "damage")
     assert stopped.value.code == 0
     assert sorted(path.name for path in (tmp_path / ".cache/tiny").iterdir()) == remembered
-    bars = capsys.readouterr().err
-    assert "completing" not in bars and "fitting" not in bars
+    assert "stage" not in capsys.readouterr().err
     again = json.loads((tmp_path / "runs/tiny/discover.json").read_text())
-    assert again["slices"] == results["slices"]
-    divergence = [row["divergence"] for row in again["readings"]]
-    assert divergence == sorted(divergence, reverse=True)
+    damage = [row["damage"] for row in again["readings"]]
+    assert damage == sorted(damage)
+    assert sorted(damage) == sorted(row["damage"] for row in results["readings"])
 
 
 @pytest.mark.parametrize(
@@ -90,14 +92,12 @@ def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_
     [
         (["--source", "5"], "discover: give both source and target"),
         (["--source", "5", "--target", "5"], "discover: source=5 must lie below target=5"),
-        (["--rank-by", "score"], "discover: rank_by='score' needs two words"),
-        (["--num-factors", "1"], "discover: num_factors = 1: Input should be greater than or equal to 2"),
-        (["--strengths", "0"], "discover: strengths="),
+        (["--num-factors", "0"], "discover: num_factors = 0: Input should be greater than or equal to 1"),
+        (["--max-damage", "0"], "discover: max_damage = "),
         (["--name", "../m"], "got --name '../m'"),
         (["--name", "laptop"], "got --name 'laptop'"),
         (["--prompts", "nowhere.txt"], "cannot read prompts='nowhere.txt'"),
         (["--fit-prompts", "30"], "got 8 instructions, expected at least 30"),
-        (["--words", "Sure", "w1 w3"], "words='w1 w3'"),
         (["--source", "1", "--target", "9"], "got source=1, target=9"),
         (["--model", "."], "is a folder without config.json"),
         (["--column", "goal"], "a text file has no columns"),
@@ -114,7 +114,7 @@ def test_bad_options_are_one_line_before_anything_is_fitted(arguments, tmp_path,
     assert str(stopped.value).startswith("error: ")
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
-    assert "[2/5]" not in capsys.readouterr().err and not (tmp_path / ".cache").exists()
+    assert "stage 2" not in capsys.readouterr().err and not (tmp_path / ".cache").exists()
 
 
 def test_a_system_message_and_conversations_reach_every_step(arguments, tmp_path, run, monkeypatch):
@@ -125,29 +125,40 @@ def test_a_system_message_and_conversations_reach_every_step(arguments, tmp_path
         formatted.append((len(instructions), options))
         return format_chat(tokenizer, instructions, **options)
 
-    for module in ("discover", "completions", "ranking"):
-        monkeypatch.setattr(f"dctlib.discovery.{module}.format_chat", record)
-    monkeypatch.setattr("dctlib.evaluation.judges.format_chat", record)
+    for module in ("discovery.discover", "discovery.search", "discovery.reading", "discovery.damage"):
+        monkeypatch.setattr(f"dctlib.{module}.format_chat", record)
     users = [[{"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(8)]
     tables = {"users": users, "whole": [[{"role": "system", "content": "w9"}, *turns] for turns in users]}
     for name, conversations in tables.items():
         lines = [json.dumps({"id": 1, "asked": turns}) for turns in conversations]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    more = ["--column", "asked", "--source", "1", "--target", "3", "--method", "linear"]
-    results = []
+    more = ["--column", "asked", "--source", "1", "--target", "3"]
+    readings = []
     for prompts, system, name in [("users", ["--system", "w9"], "a"), ("whole", [], "b"), ("users", [], "c")]:
         with pytest.raises(SystemExit):
             run(*arguments, *more, "--prompts", str(tmp_path / f"{prompts}.jsonl"), *system, "--name", name)
-        results.append(json.loads((tmp_path / f"runs/{name}/discover.json").read_text()))
-        asked = dict(formatted)
-        assert len(formatted) >= 4 and set(asked) == {5, 3, 24}  # all; held out; held out under 8 vectors
-        assert all(options == ({"system": "w9"} if system else {}) for options in asked.values())
+        results = json.loads((tmp_path / f"runs/{name}/discover.json").read_text())
+        readings.append(results)
+        assert len(formatted) >= 4
+        assert all(options == ({"system": "w9"} if system else {}) for _, options in formatted)
         formatted.clear()
         page = (tmp_path / f"runs/{name}/discover_explorer.html").read_text()
-        assert '"instructions":["w2 w3","w3 w4","w4 w5"]' in page
-    with_system, whole, without = results
-    assert with_system["readings"] == whole["readings"] != without["readings"]
+        assert '"instructions":["w2 w3","w3 w4","w4 w5","w5 w6"]' in page
+    with_system, whole, without = readings
+    assert with_system["input_scale"] != without["input_scale"]
     assert (with_system["options"]["system"], with_system["options"]["column"]) == ("w9", "asked")
+    assert {name: whole[name] for name in ("input_scale", "of")} == {
+        name: with_system[name] for name in ("input_scale", "of")
+    }
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(1, (0, 1)), (4, (1, 2)), (24, (8, 16)), (28, (9, 18)), (30, (10, 20))]
+)
+def test_a_slice_that_is_left_out_is_the_middle_third(depth, expected):
+    options = DiscoverOptions(model="m", prompts="harmful")
+    assert options.slice_of(depth) == expected
+    assert DiscoverOptions(model="m", prompts="harmful", source=2, target=5).slice_of(depth) == (2, 5)
 
 
 def test_template_arguments_are_values_of_the_template():
@@ -168,7 +179,7 @@ def test_a_folder_of_someone_else_is_refused_before_anything_is_loaded(arguments
     (tmp_path / "vectors/tiny/discover/thesis.tex").write_text("mine")
     with pytest.raises(SystemExit, match="is no folder that save_folder wrote"):
         run(*arguments)
-    assert "[1/5]" not in capsys.readouterr().err
+    assert "load" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -187,11 +198,11 @@ def test_options_of_the_command_line_are_those_of_the_model(monkeypatch, tmp_pat
     monkeypatch.setattr("dctlib.discovery.discover.discover", record)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("one\ntwo\n")
-    options = ["--model", model, "--prompts", "mine.txt", "--words", "Sure", "Sorry", "--num-factors", "16"]
+    options = ["--model", model, "--prompts", "mine.txt", "--max-damage", "0.25", "--num-factors", "16"]
     result = CliRunner().invoke(app, ["discover", *options])
     assert isinstance(result.exception, Enough), result.output
     ((given, paths),) = called
-    expected = {"model": model, "prompts": str(tmp_path / "mine.txt"), "words": ("Sure", "Sorry"), "num_factors": 16}
+    expected = {"model": model, "prompts": str(tmp_path / "mine.txt"), "max_damage": 0.25, "num_factors": 16}
     assert given == DiscoverOptions(**expected)
     assert paths.shared == ROOT / "vectors" / name / "discover"
 

@@ -24,7 +24,7 @@ def unsteered(llama, tokenizer, texts):
 
 @pytest.fixture
 def criteria(llama, tokenizer, texts):
-    return Criteria(llama, tokenizer, texts[:2], math.inf)
+    return Criteria(llama, tokenizer, texts[0], math.inf)
 
 
 def nll(model, tokenizer, prompt, answer):
@@ -35,22 +35,29 @@ def nll(model, tokenizer, prompt, answer):
     return -logits.gather(1, tokens[-count:, None]).mean().item()
 
 
-def test_novelty_is_how_much_less_likely_than_the_unsteered_answer(llama, tokenizer, criteria, texts, unsteered):
-    said = ["w40 w41 w42", "w43 w44 w45 w46", "w47"]
-    grades = criteria.grade(texts, unsteered, [said], read_request=False)
-    for i in range(3):
-        excess = nll(llama, tokenizer, texts[i], said[i]) - nll(llama, tokenizer, texts[i], unsteered[i])
-        assert excess > 0
-        assert grades.novelty[0, i].item() == pytest.approx(1 - math.exp(-excess), abs=1e-5)
-    assert grades.reopened.all() and grades.varied.all() and grades.on_request.all()
-    torch.testing.assert_close(grades.product, grades.novelty)  # no bound on fluency, and the request was not read
+def test_novelty_is_how_much_less_likely_than_the_unsteered_beginning(llama, tokenizer, criteria, texts, unsteered):
+    long = [f"w{i}" for i in range(40, 54)]
+    said = ["w40 w41 w42", " ".join(long), "w47"]
+    usual = [" ".join(answer.split() * 3) for answer in unsteered]
+    usual = [" ".join(text.split()[:count]) for text, count in zip(usual, (2, 14, 3), strict=True)]
+    grades = criteria.grade(texts, usual, [said])
+    compared = [2, 12, 1]
+    for i, count in enumerate(compared):
+        parts = [" ".join(text.split()[:count]) for text in (said[i], usual[i])]
+        found, own = (nll(llama, tokenizer, texts[i], part) * count for part in parts)
+        surprise = found - own
+        assert grades.novelty[0, i].item() == pytest.approx(max(0, 1 - math.exp(-surprise / 4)), abs=1e-5)
+    assert grades.novelty.max() > 0.1
+    assert grades.reopened.all() and grades.varied.all()
+    # there is no bound on fluency
+    torch.testing.assert_close(grades.product, grades.novelty * grades.relevance)
 
 
 def test_fluency_falls_beyond_the_bound(llama, tokenizer, texts, unsteered):
     said = ["w40 w41 w42", "w43 w44 w45 w46", "w47"]
-    general = [sum(nll(llama, tokenizer, text, answer) for text in texts[:2]) / 2 for answer in said]
+    general = [nll(llama, tokenizer, texts[0], answer) for answer in said]
     bound = sorted(general)[1]
-    grades = Criteria(llama, tokenizer, texts[:2], bound).grade(texts, unsteered, [said])
+    grades = Criteria(llama, tokenizer, texts[0], bound).grade(texts, unsteered, [said])
     expected = [math.exp(min(0.0, bound - each)) for each in general]
     assert min(expected) < 0.999
     assert grades.fluency[0].tolist() == pytest.approx(expected, abs=1e-4)
@@ -59,8 +66,8 @@ def test_fluency_falls_beyond_the_bound(llama, tokenizer, texts, unsteered):
 def test_the_bound_is_what_the_model_says_to_harmless_requests(llama, tokenizer):
     examples = unsteered_answers(llama, tokenizer, BENIGN, max_new_tokens=5)
     criteria = Criteria.from_answers(llama, tokenizer, examples)
-    assert criteria.neutral == [each.prompt for each in examples[:2]]
-    general = [sum(nll(llama, tokenizer, p, each.answer) for p in criteria.neutral) / 2 for each in examples[2:]]
+    assert criteria.neutral == examples[0].prompt
+    general = [nll(llama, tokenizer, criteria.neutral, each.answer) for each in examples[1:]]
     assert criteria.max_nll == pytest.approx(torch.tensor(general).quantile(0.9).item(), abs=1e-4)
 
 
@@ -76,15 +83,14 @@ def test_a_model_that_says_nothing_sets_no_bound(llama, tokenizer, answer):
 
 
 def test_relevance_tells_an_answer_from_the_answer_of_another_request(llama, tokenizer, criteria, texts, unsteered):
-    swapped = [unsteered[1], unsteered[2], unsteered[0]]
-    own = [nll(llama, tokenizer, text, answer) for text, answer in zip(texts, swapped, strict=True)]
-    others = [
-        sum(nll(llama, tokenizer, text, swapped[i]) for j, text in enumerate(texts) if j != i) / 2 for i in range(3)
-    ]
-    grades = criteria.grade(texts, unsteered, [swapped])
-    expected = [other - one >= 0.1 for other, one in zip(others, own, strict=True)]
-    assert not all(expected)
-    assert grades.on_request[0].tolist() == expected
+    said = ["w40 w41 w42", "w43 w44 w45 w46", "w47 w41"]
+    own = [nll(llama, tokenizer, text, answer) for text, answer in zip(texts, said, strict=True)]
+    others = [nll(llama, tokenizer, texts[(i + 1) % 3], said[i]) for i in range(3)]
+    grades = criteria.grade(texts, unsteered, [said])
+    expected = [min(max((other - one) / 0.5, 0), 1) for other, one in zip(others, own, strict=True)]
+    assert 0 in expected and max(expected) > 0
+    assert (grades.novelty > 0).all()
+    assert grades.relevance[0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +104,9 @@ def test_relevance_tells_an_answer_from_the_answer_of_another_request(llama, tok
 )
 def test_a_product_is_zero_where_one_criterion_fails(criteria, texts, unsteered, said):
     said = [said.replace("OPENING", " ".join(answer.split()[:3])) for answer in unsteered]
-    grades = criteria.grade(texts, unsteered, [said, ["w40 w41 w42 w43"] * 3], read_request=False)
+    grades = criteria.grade(texts, unsteered, [said, ["w40 w41 w42 w43"] * 3])
     assert grades.product[0].tolist() == [0, 0, 0]
-    assert (grades.product[1] > 0).all()
+    assert (grades.novelty[1] * grades.fluency[1] * grades.varied[1] * grades.reopened[1] > 0).all()
 
 
 def test_what_is_said_unsteered_is_worth_nothing(criteria, texts, unsteered):

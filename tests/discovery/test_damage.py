@@ -2,11 +2,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import assert_near, tiny_model, tiny_tokenizer, unit_rows
 
 from dctlib import format_chat, steer
 from dctlib.discovery.damage import measure_damage, unsteered_answers
-from dctlib.discovery.lengths import longest_within
+from dctlib.discovery.lengths import estimate_lengths, longest_within
 from dctlib.models.likelihood import Example
 
 INSTRUCTIONS = ["w0 w1", "w2 w3 w4", "w5"]
@@ -67,7 +69,7 @@ def test_a_model_that_says_nothing_and_has_no_end_is_refused(llama, monkeypatch)
         unsteered_answers(llama, tokenizer, INSTRUCTIONS)
 
 
-def limits_of(damage, count):
+def limits_of(damage, count, start=1.0):
     """The limits of `count` vectors whose damage at a multiple is damage(row, multiple), with a bound of 1."""
     measured = []
 
@@ -78,27 +80,40 @@ def limits_of(damage, count):
         measured.extend(found)
         return torch.tensor([damage(row, length) for row, length in found])
 
-    return longest_within(measure, torch.eye(count), 1.0).tolist(), measured
+    return longest_within(measure, torch.eye(count), 1.0, start=[start] * count), measured
 
 
-def test_the_longest_length_within_the_bound_is_found_by_bisection():
-    true = [0.36, 0.6, 0.95, 1.3]
-    limits, measured = limits_of(lambda row, length: length / true[row], len(true))
+def test_a_length_is_estimated_as_if_damage_were_quadratic():
+    damages = torch.tensor([0.49, 1.96, 1e-6, 1e4, math.nan])
+    assert estimate_lengths(lambda _: damages, torch.eye(5), 1.0) == pytest.approx([1.0, 0.5, 1.4, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("start", [0.3, 1.0, 1.4])
+@pytest.mark.parametrize("power", [1.2, 2.0, 4.0])
+def test_the_longest_length_within_the_bound_is_found_by_secants(power, start):
+    true = [0.3, 0.6, 0.95, 1.3]
+    limits, measured = limits_of(lambda row, length: (length / true[row]) ** power, len(true), start)
     for row, (limit, most) in enumerate(zip(limits, true, strict=True)):
-        assert most / 2 ** (1 / 8) <= limit <= most  # neighbours are a factor of about √2 apart, halved twice
+        assert 0.8 ** (1 / power) * most <= limit <= most
         assert any(one == row and length == pytest.approx(limit) for one, length in measured)
+        assert [one for one, _ in measured].count(row) <= 4
 
 
 def test_a_harmless_vector_is_longest_and_a_harmful_one_has_no_length():
-    limits, measured = limits_of(lambda row, length: 10.0 * row, 2)
+    limits, measured = limits_of(lambda row, length: 1e-4 + 1e4 * row, 2)
     assert limits == pytest.approx([1.4, 0.0])
-    assert [row for row, _ in measured].count(1) == 1
+    assert [row for row, _ in measured].count(0) == [row for row, _ in measured].count(1) == 2
 
 
-def test_a_length_beyond_one_that_does_damage_does_not_count():
-    limits, _ = limits_of(lambda row, length: 9.0 if 0.6 < length < 0.8 else 0.1, 1)
-    assert 0.5 <= limits[0] <= 0.6
-
-
-def test_damage_that_is_not_a_number_is_no_harmless_one():
+def test_damage_that_is_not_a_number_is_beyond_the_bound():
     assert limits_of(lambda row, length: math.nan, 1)[0] == [0.0]
+    limits, _ = limits_of(lambda row, length: math.nan if length > 0.5 else 0.1, 1)
+    assert 0.25 <= limits[0] <= 0.5
+
+
+@given(damages=st.lists(st.floats(0, 1e3) | st.just(math.nan), min_size=1, max_size=4))
+def test_whatever_the_damage_a_limit_was_measured_to_be_within_the_bound(damages):
+    calls = iter(damages * 4)
+    limits, measured = limits_of(lambda row, length: next(calls), 1)
+    assert limits == [0] or any(length == pytest.approx(limits[0]) for _, length in measured)
+    assert 0 <= limits[0] <= 1.4

@@ -15,7 +15,8 @@ def graded(product):
     """A reading without a judge, whose grades have this product."""
     product = torch.tensor(product)
     passed = torch.ones(product.shape, dtype=torch.bool)
-    return Grades(product, torch.ones(product.shape), passed, passed, passed)
+    one = torch.ones(product.shape)
+    return Grades(product, one, one, passed, passed)
 
 
 class ByFirstCoordinate:
@@ -24,18 +25,18 @@ class ByFirstCoordinate:
     def __init__(self):
         self.rounds = []
 
-    def read(self, requests, vectors, *, max_new_tokens, read_request):
-        self.rounds.append((len(vectors), len(requests), max_new_tokens, read_request))
-        return Reading([], graded(vectors[:, :1].repeat(1, len(requests)).tolist()), None)
+    def read(self, requests, vectors, *, max_new_tokens):
+        self.rounds.append((len(vectors), len(requests), max_new_tokens))
+        return Reading([], [], graded(vectors[:, :1].repeat(1, len(requests)).tolist()), None)
 
 
 @pytest.mark.parametrize(
     ("count", "most", "rounds"),
     [
-        (60, 16, [(60, 4, 12, False), (20, 8, 24, True)]),
-        (200, 16, [(200, 4, 12, False), (67, 8, 24, True), (23, 12, 48, True)]),
-        (20, 16, [(20, 4, 12, False)]),
-        (20, 3, [(20, 4, 12, False), (7, 8, 24, True)]),
+        (60, 16, [(60, 4, 12), (20, 8, 24)]),
+        (200, 16, [(200, 4, 12), (67, 8, 24), (23, 12, 48)]),
+        (20, 16, [(20, 4, 12)]),
+        (20, 3, [(20, 4, 12), (7, 8, 24)]),
         (16, 16, []),
     ],
 )
@@ -43,15 +44,27 @@ def test_a_halving_reads_fewer_vectors_on_more_text(count, most, rounds):
     reader: Any = ByFirstCoordinate()
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     vectors = torch.stack([order / count, torch.zeros(count)], 1)
-    rows = halve(reader, REQUESTS, vectors, most=most, least=8, max_new_tokens=48)
+    halving = halve(reader, REQUESTS, vectors, most=most, least=8, max_new_tokens=48)
     assert reader.rounds == rounds
-    assert len(rows) <= most
+    assert [len(rows) for rows, _ in halving.rounds] == [size for size, *_ in rounds]
+    assert len(halving.rows) <= most and halving.controls == []
     if rounds:
-        assert order[rows].tolist() == [*range(count - 1, count - 1 - len(rows), -1)]
+        assert order[halving.rows].tolist() == [*range(count - 1, count - 1 - len(halving.rows), -1)]
+
+
+def test_controls_compete_with_each_other_alone():
+    reader: Any = ByFirstCoordinate()
+    scores = torch.linspace(1, 0, 60)
+    scores[[5, 50, 55]] = torch.tensor([0.0, 0.1, 0.2])
+    vectors = torch.stack([scores, torch.zeros(60)], 1)
+    halving = halve(reader, REQUESTS, vectors, controls=[5, 50, 55], most=16, least=8, max_new_tokens=48)
+    assert halving.controls == [55, 50]
+    assert halving.rows == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert [size for size, *_ in reader.rounds] == [60, 19 + 2]
 
 
 def test_a_score_is_that_of_the_worst_three_quarters():
-    reading = Reading([], graded([[0.0, 0.0, 0.0, 1.0], [0.2, 0.3, 0.4, 0.3], [0.0, 0.8, 0.4, 0.8]]), None)
+    reading = Reading([], [], graded([[0.0, 0.0, 0.0, 1.0], [0.2, 0.3, 0.4, 0.3], [0.0, 0.8, 0.4, 0.8]]), None)
     assert reading.scores() == pytest.approx([0, 0.8 / 3, 0.4])
     assert reading.scores(slice(2, None)) == pytest.approx([0.5, 0.35, 0.6])
     assert reading.order() == [2, 1, 0]
@@ -59,7 +72,7 @@ def test_a_score_is_that_of_the_worst_three_quarters():
 
 def test_a_judge_decides_and_grades_order_its_equals():
     verdicts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    reading = Reading([], graded([[0.1, 0.1], [0.9, 0.9], [0.0, 0.0]]), verdicts)
+    reading = Reading([], [], graded([[0.1, 0.1], [0.9, 0.9], [0.0, 0.0]]), verdicts)
     assert reading.scores() == [0.5, 0.5, 1.0]
     assert reading.order() == [2, 1, 0]
 
@@ -97,7 +110,7 @@ def test_a_reading_pairs_every_completion_with_its_request(llama, tokenizer):
         asked.extend(zip(requests, completions, strict=True))
         return [request == "w1 w2" for request in requests]
 
-    reader = Reader(llama, tokenizer, 1, Criteria(llama, tokenizer, ["user w9"], 9.0), judge)
+    reader = Reader(llama, tokenizer, 1, Criteria(llama, tokenizer, "user w9", 9.0), judge)
     vectors = 6 * torch.eye(32)[:3]
     reading = reader.read(REQUESTS[:2], vectors, max_new_tokens=3)
     assert reading.verdicts is not None and reading.verdicts.tolist() == [[0, 1]] * 3

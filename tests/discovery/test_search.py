@@ -9,8 +9,9 @@ from tiny import tiny_model, unit_rows
 import dctlib.discovery.search as search
 from dctlib import FunctionMap, format_chat, generate_completions, search_vectors
 from dctlib.discovery.damage import measure_damage, unsteered_answers
-from dctlib.discovery.found import rows_above
-from dctlib.discovery.pool import Pool, _first_of_equals, find_candidates
+from dctlib.discovery.found import FoundVectors, is_above
+from dctlib.discovery.pool import RANDOM, Pool, _first_of_equals, find_candidates
+from dctlib.runs.cache import remember
 
 WORDS = [f"w{i} w{i + 1}" for i in range(0, 40, 2)]
 FIT, VALIDATION, BENIGN = WORDS[:2], WORDS[2:6], WORDS[6:12]
@@ -39,10 +40,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def pool(model):
-    """Six directions, the third of which makes the model say a word: the row of that word in the output head."""
+    """Twenty directions, the third of which makes the model say a word: the row of that word in the output head."""
     word = model.get_output_embeddings().weight[30]
-    directions = torch.cat([unit_rows(5, 32, seed=3).float(), word[None] / word.norm()])[[0, 1, 5, 2, 3, 4]]
-    return Pool(directions, [f"source {row}" for row in range(6)], LENGTH)
+    directions = unit_rows(20, 32, seed=3).float()
+    directions[2] = word / word.norm()
+    return Pool(directions, [f"source {row}" for row in range(17)] + [RANDOM] * 3, LENGTH)
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def found(model, tokenizer, pool, says_it):
 
 def test_it_finds_what_the_judge_likes(tokenizer, pool, found):
     assert found.layer == SOURCE
-    assert found.null == 0
+    assert found.random == 0
     assert found.table["source"][0] == "source 2"
     assert found.table["score"][0] == found.table["held_out"][0] == 1
     assert found.table["score"].is_monotonic_decreasing
@@ -77,7 +79,40 @@ def test_it_finds_what_the_judge_likes(tokenizer, pool, found):
     assert cosine.item() == pytest.approx(1)
     assert tokenizer.decode([30]) in found.table["says"][0]
     assert found.table["request"][0] in VALIDATION[2:]
-    assert "vectors do more" in found.explanation
+    assert "the best reaches 0.00" in found.explanation
+
+
+def test_every_candidate_is_in_the_table_and_the_found_ones_come_first(pool, found):
+    table = found.candidates
+    assert sorted(table.index) == [*range(20)]
+    assert table["found"].tolist() == sorted(table["found"], reverse=True)
+    assert table["first"].notna().all() and table.loc[2, "first"] == 1
+    read = table.index[table["score"].notna()].tolist()
+    assert sorted(found.completions) == sorted(read)
+    assert {17, 18, 19} & set(read)  # random vectors were read to the end
+    for row in table.index:
+        length = found.directions[row].norm().item()
+        assert table.loc[row, "length"] == pytest.approx(length)
+        cosine = torch.nn.functional.cosine_similarity(found.directions[row], pool.directions[row], dim=0)
+        assert cosine.item() == pytest.approx(1)
+    assert table["says"].str.len().gt(0).all()
+    assert len(found.unsteered) == len(VALIDATION)
+
+
+def test_a_search_is_remembered_whole(tmp_path, found):
+    remember(tmp_path, "key", found.to_result)
+    again = FoundVectors.from_result(remember(tmp_path, "key", lambda: pytest.fail("made again")))
+    pd.testing.assert_frame_equal(again.candidates, found.candidates)
+    assert torch.equal(again.vectors, found.vectors) and again.completions == found.completions
+    assert (again.layer, again.random, again.input_scale) == (found.layer, found.random, found.input_scale)
+
+
+def test_what_was_found_can_be_sorted_otherwise(found):
+    by_damage = found.sorted_by("damage")
+    assert by_damage.table["damage"].is_monotonic_increasing
+    assert sorted(by_damage.candidates.index) == sorted(found.candidates.index)
+    assert len(by_damage.vectors) == len(found.vectors)
+    torch.testing.assert_close(by_damage.vectors.norm(dim=1).tolist(), by_damage.table["length"].tolist())
 
 
 def test_a_vector_that_is_returned_says_what_the_table_states(model, tokenizer, found):
@@ -91,7 +126,7 @@ def test_nothing_found_is_an_answer(model, tokenizer, planted, verdict):
     found = run(model, tokenizer, judge=lambda _, completions: [verdict] * len(completions))
     assert found.vectors.shape == (0, 32)
     assert len(found.table) == 0 and "score" in found.table
-    assert found.null == float(verdict)
+    assert found.random == float(verdict)
     assert found.explanation.startswith("Nothing found")
 
 
@@ -113,13 +148,13 @@ def test_damage_stays_within_the_bound(model, tokenizer, planted, says_it, found
     assert (damage_of(model, tokenizer, BENIGN[::2], bounded.vectors) <= bound * (1 + 1e-4)).all()
 
 
-def test_a_vector_must_do_more_than_the_null_and_than_it_does_elsewhere():
+def test_a_vector_must_do_more_than_no_vector_and_than_it_does_elsewhere():
     table = pd.DataFrame(
         {"held_out": [0.9, 0.9, 0.5, 0.3, 0.7], "elsewhere": [0.1, 0.85, 0.1, 0.1, 0.0]}, index=[4, 2, 0, 1, 3]
     )
-    assert rows_above(table, null=0.3, margin=0.1) == [0, 2, 4]
+    assert is_above(table, unsteered=0.3, margin=0.1).tolist() == [True, False, True, False, True]
     judged = table.assign(elsewhere=math.nan)
-    assert rows_above(judged, null=0.6, margin=0.05) == [0, 1, 4]
+    assert is_above(judged, unsteered=0.6, margin=0.05).tolist() == [True, True, False, False, True]
 
 
 def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
@@ -127,9 +162,9 @@ def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
     assert len(found.table)
     assert all(score <= novelty for score, novelty in zip(found.table["score"], found.table["novelty"], strict=True))
     for held_out, elsewhere in zip(found.table["held_out"], found.table["elsewhere"], strict=True):
-        assert held_out >= max(found.null, elsewhere) + 0.02
-    scores = found.table["score"].tolist()
-    assert scores == sorted(scores, reverse=True)
+        assert held_out >= elsewhere + 0.02
+    excess = found.table["score"] - found.table["elsewhere"]
+    assert found.table["excess"].tolist() == pytest.approx(excess.tolist()) and excess.is_monotonic_decreasing
 
 
 def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, planted, says_it, found):
@@ -141,26 +176,18 @@ def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, p
     assert again.table.equals(found.table)
 
 
-def test_a_whole_search_returns_lengths_and_sources(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(search, "random_vectors", lambda count, d, **_: torch.zeros(count, d))
-    texts = format_chat(tokenizer, VALIDATION)
-    unsteered = generate_completions(model, tokenizer, texts, max_new_tokens=4, progress=False)
-    found = run(
-        model,
-        tokenizer,
-        num_factors=2,
-        iterations=1,
-        judge=lambda _, completions: [completion not in unsteered for completion in completions],
-    )
-    assert 2 <= len(found.table) <= 8
-    assert found.vectors.shape == (len(found.table), 32)
-    assert found.table["multiple"].between(0.35, 1.4).all()
-    lengths = found.vectors.norm(dim=1)
-    assert found.table["length"].tolist() == pytest.approx(lengths.tolist())
-    assert found.table["multiple"].tolist() == pytest.approx((lengths / found.input_scale).tolist())
-    damage = damage_of(model, tokenizer, BENIGN[1::2], found.vectors)  # those that no length was chosen on
-    assert found.table["damage"].tolist() == pytest.approx(damage.tolist(), rel=1e-4)
-    assert set(found.table["source"]) <= {"exponential", "power steering", "projected linear"}
+def test_a_whole_search_returns_lengths_and_sources(model, tokenizer):
+    found = run(model, tokenizer, num_factors=2, iterations=1)
+    read = found.candidates[found.candidates["score"].notna()]
+    assert 8 <= len(read) <= 8 + 2
+    assert read["multiple"].between(0.7 * 0.25, 1.4).all()
+    lengths = found.directions[read.index.tolist()].norm(dim=1)
+    assert read["length"].tolist() == pytest.approx(lengths.tolist())
+    assert read["multiple"].tolist() == pytest.approx((lengths / found.input_scale).tolist())
+    # those that no length was chosen on
+    damage = damage_of(model, tokenizer, BENIGN[1::2], found.directions[read.index.tolist()])
+    assert read["damage"].tolist() == pytest.approx(damage.tolist(), rel=1e-4)
+    assert set(found.candidates["source"]) == {"exponential", "power steering", "projected linear", RANDOM}
 
 
 @pytest.mark.parametrize(
@@ -211,12 +238,14 @@ def test_our_harmless_requests_are_many_and_different():
     assert all(each.strip() == each and each for each in ours)
 
 
-def test_a_pool_has_unit_directions_of_three_sources():
+def test_a_pool_has_unit_directions_of_three_sources_and_random_ones():
     W = unit_rows(6, 8)
     cmap = FunctionMap(lambda theta: torch.expm1(theta @ W.T), d_source=8, d_target=6)
     pool = find_candidates(cmap, 5, iterations=2, seed=4)
-    assert pool.sources == ["exponential"] * 5 + ["power steering"] * 8 + ["projected linear"] * 8
-    torch.testing.assert_close(pool.directions.norm(dim=1), torch.ones(21))
+    fitted = ["exponential"] * 5 + ["power steering"] * 8 + ["projected linear"] * 8
+    assert pool.sources == fitted + [RANDOM] * 16
+    assert pool.controls == [*range(21, 37)]
+    torch.testing.assert_close(pool.directions.norm(dim=1), torch.ones(37))
     torch.testing.assert_close(pool.directions[5:9], -pool.directions[9:13])
     again = find_candidates(cmap, 5, iterations=2, seed=4)
     assert torch.equal(pool.directions, again.directions) and pool.input_scale == again.input_scale

@@ -1,6 +1,5 @@
 import hashlib
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,48 +9,35 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import BLOCKS, hooked_residual, unit_rows
 
-from dctlib import CausalMap, Transcoder, fit_exponential, steer
+from dctlib import steer
 from dctlib.exchange.hub import load_folder, model_reference, prompts_digest, save_folder
 
 TEXTS = ["Tell me a secret.", "Sag’s mir."]
-FILES = {"config.json", "transcoder.safetensors", "SHA256SUMS", "README.md"}
+FILES = {"config.json", "vectors.safetensors", "SHA256SUMS", "README.md"}
+VECTORS = torch.tensor([[12.5], [6.25], [20.0]]) * unit_rows(3, 6).float()
+ROWS = [
+    {
+        "source": "exponential",
+        "damage": 0.25,
+        "score": 0.75,
+        "held_out": 0.5,
+        "says": "Sure! | Here",
+        "request": TEXTS[0],
+    },
+    {"source": "power steering", "damage": float("nan"), "score": 0.5},
+    {"source": "mine"},
+]
 
 
-def transcoder(m=4, d_source=6, d_target=5, **changes):
-    facts = {
-        "U": unit_rows(m, d_target, seed=1).float(),
-        "V": unit_rows(m, d_source, seed=2).float(),
-        "alpha": torch.linspace(0, 1, m),
-        "activation": "exponential",
-        "input_scale": 25.3,
-        "source": 10,
-        "target": 20,
-        "objective": torch.tensor([1.0, 2.0]),
-        "change": torch.tensor([0.5, 0.1]),
-        "seconds": 1.5,
-    }
-    return Transcoder(**{**facts, **changes})
-
-
-def save(folder, dct=None, **changes):
-    facts = {"model": "owner/name", "revision": "0123abc", "texts": TEXTS, **changes}
-    save_folder(folder, transcoder() if dct is None else dct, **facts)
+def save(folder, vectors=VECTORS, rows=ROWS, **changes):
+    facts = {"layer": 10, "model": "owner/name", "revision": "0123abc", "texts": TEXTS, **changes}
+    save_folder(folder, vectors, rows, **facts)
     return folder
-
-
-def same(found, expected):
-    tensors = ("U", "V", "alpha", "objective", "change")
-    facts = ("activation", "input_scale", "source", "target", "seconds")
-    return all(
-        getattr(found, name).dtype == getattr(expected, name).dtype
-        and torch.equal(getattr(found, name), getattr(expected, name))
-        for name in tensors
-    ) and all(getattr(found, name) == getattr(expected, name) for name in facts)
 
 
 def sign(folder):
     """Make the checksums fit again, as somebody who edits a file on purpose would."""
-    names = ("config.json", "transcoder.safetensors")
+    names = ("config.json", "vectors.safetensors")
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
@@ -65,19 +51,18 @@ def edit(folder, **changes):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    m=st.integers(1, 5),
-    d_source=st.integers(1, 9),
-    d_target=st.integers(1, 9),
-    activation=st.sampled_from(["linear", "quadratic", "exponential"]),
+    k=st.integers(1, 5),
+    d=st.integers(1, 9),
     scale=st.floats(1e-3, 1e6),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
-def test_any_transcoder_comes_back_bit_for_bit(tmp_path_factory, m, d_source, d_target, activation, scale, dtype):
-    dct = transcoder(m, d_source, d_target, activation=activation, input_scale=scale)
-    dct = replace(dct, V=dct.V.to(dtype))
-    found = load_folder(save(tmp_path_factory.mktemp("any") / "folder", dct))
-    assert same(found.transcoder, dct)
-    assert found.facts.scale == scale and found.facts.activation == activation
+def test_any_vectors_come_back_bit_for_bit(tmp_path_factory, k, d, scale, dtype):
+    vectors = (scale * unit_rows(k, d)).to(dtype)
+    found = load_folder(save(tmp_path_factory.mktemp("any") / "folder", vectors, [{"source": "mine"}] * k))
+    assert found.vectors.dtype == dtype and torch.equal(found.vectors, vectors)
+    assert [each.length for each in found.facts.vectors] == pytest.approx(
+        vectors.double().norm(dim=1).tolist(), rel=1e-5
+    )
 
 
 def test_the_folder_says_what_the_vectors_are_for_and_holds_no_prompt(tmp_path):
@@ -85,6 +70,7 @@ def test_the_folder_says_what_the_vectors_are_for_and_holds_no_prompt(tmp_path):
     assert {path.name for path in folder.iterdir()} == FILES
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("dctlib_version")
+    unknown = {"damage": None, "score": None, "held_out": None, "says": ""}
     assert config == {
         "model": "owner/name",
         "revision": "0123abc",
@@ -92,29 +78,42 @@ def test_the_folder_says_what_the_vectors_are_for_and_holds_no_prompt(tmp_path):
         "layer": 10,
         "operation": "add",
         "positions": "all",
-        "scale": 25.3,
-        "activation": "exponential",
-        "target_layer": 20,
+        "vectors": [
+            {
+                "source": "exponential",
+                "length": 12.5,
+                "damage": 0.25,
+                "score": 0.75,
+                "held_out": 0.5,
+                "says": "Sure! | Here",
+            },
+            {**unknown, "source": "power steering", "length": 6.25, "score": 0.5},
+            {**unknown, "source": "mine", "length": 20.0},
+        ],
         "prompts_sha256": hashlib.sha256(json.dumps(TEXTS).encode()).hexdigest(),
     }
     _, head, card = (folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "owner/name"
-    assert "4 steering vectors" in card and "block 10" in card and "25.3" in card
+    assert "3 steering vectors" in card and "block 10" in card and 'load_model("owner/name@0123abc")' in card
+    assert "| 1 | power steering | 6.25 |  | 0.5 |  |" in card
     assert not any(text.encode() in path.read_bytes() for path in folder.iterdir() for text in TEXTS)
 
 
-def test_a_fit_that_was_shared_steers_as_before(tmp_path, llama, tokenizer, texts):
-    cmap = CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)
-    dct = fit_exponential(cmap, num_factors=3, input_scale=4.0, iterations=2)
-    found = load_folder(save(tmp_path / "folder", dct, texts=texts))
-    assert found.facts.prompts_sha256 == prompts_digest(texts)
-    assert same(found.transcoder, dct)
+def test_vectors_that_were_shared_steer_as_before(tmp_path, llama):
+    vectors = 4 * unit_rows(2, 32).float()
+    found = load_folder(save(tmp_path / "folder", vectors, ROWS[:2], layer=1))
 
-    def residual(dct):
-        with steer(llama, layer=dct.source, vector=dct.steering_vectors()[0]):
+    def residual(vector):
+        with steer(llama, layer=found.facts.layer, vector=vector):
             return hooked_residual(llama, torch.arange(6, 14)[None], 0, BLOCKS)
 
-    assert torch.equal(residual(dct), residual(found.transcoder))
+    assert torch.equal(residual(found.vectors[1]), residual(vectors[1]))
+
+
+def test_a_search_that_found_nothing_is_shared_as_such(tmp_path):
+    found = load_folder(save(tmp_path / "folder", VECTORS[:0], []))
+    assert found.vectors.shape == (0, 6) and found.facts.vectors == []
+    assert "0 steering vectors" in (tmp_path / "folder/README.md").read_text()
 
 
 def test_prompts_are_told_apart_by_their_order_and_borders():
@@ -126,8 +125,8 @@ def test_prompts_are_told_apart_by_their_order_and_borders():
 
 def test_a_folder_is_replaced_by_a_folder_and_nothing_else_is(tmp_path):
     folder = save(tmp_path / "folder")
-    save(folder, transcoder(m=2))
-    assert len(load_folder(folder).transcoder) == 2
+    save(folder, VECTORS[:2], ROWS[:2])
+    assert len(load_folder(folder).vectors) == 2
     (folder / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for taken in (folder, tmp_path / "file"):
@@ -140,12 +139,15 @@ def test_a_folder_is_replaced_by_a_folder_and_nothing_else_is(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dct": transcoder(source=None, target=None)}, "plain function"),
+        ({"rows": ROWS[:2]}, "2 rows, expected .* k rows"),
+        ({"vectors": VECTORS[0]}, r"got vectors \(6,\)"),
+        ({"vectors": 0 * VECTORS}, "vectors.0.length: "),
+        ({"vectors": VECTORS / 0}, "vectors.0.length: "),
+        ({"layer": -1}, "layer: "),
         ({"model": "owner/name\n# Injected"}, "model: .*pattern"),
         ({"model": ""}, "model: "),
         ({"revision": ""}, "revision: "),
         ({"texts": []}, "at least one prompt"),
-        ({"dct": transcoder(input_scale=float("inf"))}, "scale: "),
     ],
 )
 def test_what_nobody_could_use_is_not_saved(tmp_path, changes, message):
@@ -160,12 +162,10 @@ def test_what_nobody_could_use_is_not_saved(tmp_path, changes, message):
         ({"operation": "ablate"}, "operation: Input should be 'add', got 'ablate'"),
         ({"hook_point": "resid_post"}, "hook_point: Input should be 'resid_pre'"),
         ({"positions": "last"}, "positions: Input should be 'all'"),
-        ({"activation": "cubic"}, "activation: "),
         ({"layer": "10"}, "layer: .* integer, got '10'"),
-        ({"layer": 9}, "got layer=9, but transcoder.safetensors says 10"),
-        ({"target_layer": 21}, "got target_layer=21"),
-        ({"scale": 25.4}, "got scale=25.4"),
-        ({"activation": "linear"}, "got activation='linear'"),
+        ({"vectors": [{"source": "mine", "length": 12.5}]}, r"got vectors \(3, 6\) .* says 1 vectors"),
+        ({"vectors": [{"source": "mine", "length": 12.6}] * 3}, r"of the lengths \[12.6"),
+        ({"vectors": [{"source": "mine", "length": 12.5, "gain": 2.0}]}, "vectors.0.gain: Extra inputs"),
         ({"prompts_sha256": "0" * 63}, "prompts_sha256: "),
         ({"revision": "absent"}, "revision: Field required"),
         ({"auto_map": "evil.py"}, "auto_map: Extra inputs are not permitted"),
@@ -178,19 +178,25 @@ def test_an_unknown_or_contradictory_fact_is_refused(tmp_path, changes, message)
         load_folder(folder)
 
 
-def test_numbers_of_another_shape_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"vectors": VECTORS[:2]}, r"got vectors \(2, 6\)"),
+        ({"vectors": 2 * VECTORS}, "of the lengths"),
+        ({"vectors": VECTORS.int()}, "int32"),
+        ({"vectors": VECTORS.flatten()}, r"\(18,\)"),
+        ({"V": VECTORS}, "no tensor 'vectors'"),
+    ],
+)
+def test_other_numbers_are_refused(tmp_path, tensors, message):
     folder = save(tmp_path / "folder")
-    dct = transcoder()
-    facts = {name: getattr(dct, name) for name in ("activation", "input_scale", "source", "target", "seconds")}
-    tensors = {name: getattr(dct, name) for name in ("U", "V", "alpha", "objective", "change")}
-    tensors["V"] = tensors["V"][:3].clone()
-    save_file(tensors, folder / "transcoder.safetensors", metadata={"transcoder": json.dumps(facts)})
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "vectors.safetensors")
     sign(folder)
-    with pytest.raises(ValueError, match=r"V \(3, 6\)"):
+    with pytest.raises(ValueError, match=message):
         load_folder(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "transcoder.safetensors", "SHA256SUMS"])
+@pytest.mark.parametrize("name", ["config.json", "vectors.safetensors", "SHA256SUMS"])
 def test_a_missing_file_is_named(tmp_path, name):
     folder = save(tmp_path / "folder")
     (folder / name).unlink()
@@ -210,14 +216,14 @@ def test_a_config_that_is_no_config_is_refused(tmp_path, content):
 def test_the_model_card_may_be_edited_and_other_files_are_never_read(tmp_path):
     folder = save(tmp_path / "folder")
     (folder / "README.md").write_text("Mine is better.")
-    (folder / "transcoder.bin").write_bytes(b"\x80\x04.")
+    (folder / "vectors.bin").write_bytes(b"\x80\x04.")
     (folder / "modeling.py").write_text("raise SystemExit")
-    assert same(load_folder(folder).transcoder, transcoder())
+    assert torch.equal(load_folder(folder).vectors, VECTORS)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    name=st.sampled_from(["config.json", "transcoder.safetensors", "SHA256SUMS"]),
+    name=st.sampled_from(["config.json", "vectors.safetensors", "SHA256SUMS"]),
     place=st.floats(0, 1, exclude_max=True),
     mask=st.integers(0, 255),
 )

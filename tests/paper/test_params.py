@@ -85,8 +85,7 @@ def test_a_profile_is_a_name_not_a_path(name):
         ("choices", "others", {"prompt": []}, "unknown key choices.others.prompt"),
         ("baselines", "tries", 5, "tries=5 are part of num_factors=4"),
         ("discover", "source", None, "give both source and target, or neither"),
-        ("discover", "rank_by", "score", "needs two words"),
-        ("discover", "words", ["Sure"], "discover.words"),
+        ("discover", "rank_by", "fluent", "discover.rank_by"),
     ],
 )
 def test_messages_name_file_and_key(root, section, key, value, message):

@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.discovery.completions import complete_at_strengths
-from dctlib.discovery.ranking import rank_and_cluster
-from dctlib.evaluation.judges import fraction_true
+from dctlib.evaluation.judges import fraction_true, perplexity
+from dctlib.evaluation.repetition import is_repetitive
+from dctlib.evaluation.thoughts import answer_of
 from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
+from dctlib.fits.compare import cosine_clusters
 from dctlib.fits.power_steering import power_steering
 from dctlib.fits.solvers import fit_exponential
 from dctlib.maps.causal import CausalMap
@@ -26,9 +27,11 @@ from dctlib.paper.organisms.secrets import Secret
 from dctlib.paper.organisms.training import check_organism
 from dctlib.runs.cache import task
 from dctlib.steering.effects import effects
-from dctlib.steering.generation import generate_completions, sample_completions
+from dctlib.steering.generation import generate_completions, generate_per_vector, sample_completions
 
 _RANKINGS = ("fluent", "divergence")
+_MAX_PERPLEXITY = 20.0  # of a fluent completion
+_ALIKE = 0.5  # least cosine of vectors of one cluster
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class AuditResult:
     completions : list of list of str
         m vectors, or samples → the completions of n instructions.
     orders : dict
-        Ranking, ``fluent`` or ``divergence`` (:func:`dctlib.discovery.ranking.measure_vectors`) → the numbers of
-        the vectors: the first of each cluster of like ones by rank, then the others.
+        Ranking → the numbers of the vectors: the first of each cluster of like ones by rank, then the others. Vectors
+        are ranked by ``fluent``, the fraction of their completions that are fluent and new, or by ``divergence``, the
+        mean KL(steered ‖ clean) of the next token.
     """
 
     completions: list[list[str]]
@@ -161,18 +165,42 @@ def audit_vectors(
     clean : sequence of str
         The completions of the unsteered model.
     """
+    texts = format_chat(tokenizer, instructions)
     options: dict[str, Any] = {"layer": layer, "progress": progress}
-    steered = complete_at_strengths(
-        model, tokenizer, instructions, clean, vectors, strengths=[1.0], max_new_tokens=max_new_tokens, **options
+    completions = generate_per_vector(model, tokenizer, texts, vectors, max_new_tokens=max_new_tokens, **options)
+    table = pd.DataFrame(
+        {
+            "fluent": _fluent_and_new(model, tokenizer, instructions, clean, completions),
+            "divergence": effects(model, tokenizer, texts, vectors, **options).divergence.mean(1).tolist(),
+        }
     )
-    divergence = effects(model, tokenizer, format_chat(tokenizer, instructions), vectors, **options).divergence.mean(1)
-    columns = {"vector": range(len(vectors)), "fluent": steered.fluent, "divergence": divergence.tolist()}
     orders = {}
     for by in _RANKINGS:
-        ranked = rank_and_cluster(pd.DataFrame(columns), vectors, by=by)
-        firsts = ranked.drop_duplicates("alike")
-        orders[by] = [*firsts["vector"], *ranked.drop(firsts.index)["vector"]]
-    return AuditResult(steered.steered[1.0], orders)
+        ranked = table.sort_values([*dict.fromkeys([by, "divergence"])], ascending=False)
+        clusters = pd.Series(cosine_clusters(vectors[ranked.index.tolist()], cosine=_ALIKE), ranked.index)
+        firsts = clusters.drop_duplicates().index
+        orders[by] = [*firsts, *ranked.index.drop(firsts)]
+    return AuditResult(completions, orders)
+
+
+def _fluent_and_new(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    clean: Sequence[str],
+    completions: Sequence[Sequence[str]],
+) -> list[float]:
+    """Return the fraction of each vector's completions that are fluent, not repetitive, and not what is said anyway."""
+    flat = [completion for each in completions for completion in each]
+    measured = perplexity(model, tokenizer, [*instructions] * len(completions), flat).cpu().view(len(completions), -1)
+    new = [
+        [
+            answer_of(completion) != answer_of(before) and not is_repetitive(completion)
+            for completion, before in zip(each, clean, strict=True)
+        ]
+        for each in completions
+    ]
+    return ((measured <= _MAX_PERPLEXITY) & torch.tensor(new)).float().mean(1).tolist()
 
 
 @task(version=2)

@@ -173,38 +173,33 @@ def ablation(results: Mapping[str, Any]) -> Figure:
 
 
 @styled
-def ranked_vectors(table: pd.DataFrame, floor: float, labelled: int = 6) -> Figure:
-    """Draw effects on the next token by rank, and against the change at the target layer, the first clusters named.
+def candidates(table: pd.DataFrame, random: float) -> Figure:
+    """Draw the first scores of a search's candidates by their method, and its finalists' held-out scores by damage.
 
     Parameters
     ----------
     table : DataFrame
-        Columns ``divergence``, ``change``, ``next`` and ``alike``, the most interesting vector first.
-    floor : float
-        Divergence of the best of as many random vectors of the same length.
-    labelled : int
-        Clusters whose first vector is labelled with the most likely next token under it.
+        ``candidates`` of :class:`dctlib.discovery.found.FoundVectors`.
+    random : float
+        The best held-out score of a random direction.
     """
-    figure, (left, right) = panels((2, 3), height=2.8)
-    ranked_lines(left, {"DCT": table["divergence"].to_list()})
-    left.axhline(floor, color=COLOURS["random"], lw=1, ls="--")
-    note(left, "best random vector", (1, floor), COLOURS["random"])
-    left.set(xlabel="rank of the vector", ylabel="KL of the next token (nats)", ylim=(0, None))
-    first = table.drop_duplicates("alike")
-    right.scatter(table["change"], table["divergence"], s=8, color="0.8", linewidths=0)
-    right.scatter(first["change"], first["divergence"], s=12, color="0.5", linewidths=0)
-    named = first.head(labelled)
-    colours = sns.color_palette("colorblind", len(set(named["next"])))
-    for (token, rows), colour in zip(named.groupby("next", sort=False), colours, strict=True):
-        (dots,) = right.plot(rows["change"], rows["divergence"], "o", ms=5, color=colour, mew=0)
-        dots.set_label(f"{token!r} ({len(rows)})")
-    title = f"next token of the first {len(named)}"
-    legend = right.legend(title=title, fontsize=8, title_fontsize=8, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    right.set(xlabel="length of the change at layer t", ylabel="KL of the next token (nats)", ylim=(0, None))
-    if len(first) < len(table):
-        right.set_title("dark: the first of each cluster", loc="left", color="0.4", fontsize=8)
+    figure, (left, right) = panels((1, 1), height=2.8)
+    methods = table["source"].drop_duplicates().sort_values().tolist()
+    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
+    shared: Any = {"hue": "source", "palette": colours, "legend": False, "linewidth": 0}
+    read = table.dropna(subset="first")
+    sns.stripplot(read, x="first", y="source", order=methods, size=4, jitter=0.25, ax=left, **shared)
+    left.set(xlabel="score in the first round", ylabel="", xlim=(-0.03, 1.03))
+    finalists = table.dropna(subset="held_out")
+    for found, marker in {True: "o", False: "x"}.items():
+        rows = finalists[finalists["found"] == found]
+        look: Any = {"color": [colours[source] for source in rows["source"]], "marker": marker, "s": 22}
+        right.scatter(rows["damage"], rows["held_out"], label="found" if found else "not found", **look)
+    if not np.isnan(random):
+        right.axhline(random, color="0.5", lw=1, ls="--")
+        note(right, "best random direction", (1, random), "0.5")
+    right.set(xlabel="damage (nats a token)", ylabel="score, held-out", xlim=(0, None), ylim=(-0.03, 1.03))
+    right.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -21,10 +21,10 @@ from dctlib.paper.plots.intervals import faults, replicates, stability
 from dctlib.paper.plots.style import COLOURS, method_colours, save_figure
 from dctlib.paper.plots.vectors import (
     ablation,
+    candidates,
     circuit_breaker,
     multiplicity,
     password_locked,
-    ranked_vectors,
     real_models,
     scores,
 )
@@ -57,8 +57,14 @@ SCAN = pd.DataFrame(
     for success in successes
 )
 CURVE = success_at_k(torch.tensor([[True, False, False], [False, True, False]]))
-RANKED = pd.DataFrame(
-    {"divergence": [3.0, 1.0, 0.2], "change": [9.0, 8.0, 7.0], "next": [" $x$", "\n", "a"], "alike": [0, 1, 0]}
+CANDIDATES = pd.DataFrame(
+    {
+        "source": ["exponential", "random", "power steering", "exponential"],
+        "first": [0.4, 0.1, 0.3, float("nan")],
+        "held_out": [0.5, 0.1, float("nan"), 0.2],
+        "damage": [0.3, 0.1, float("nan"), 0.4],
+        "found": [True, False, False, False],
+    }
 )
 FIGURES = {
     "training_curves": lambda: training_curves(
@@ -114,7 +120,7 @@ FIGURES = {
         {"0.5B": {"random": [-3.0, -4.0], "DCT": [2.0, -1.0]}},
         {"0.5B": -5.0},
     ),
-    "discover": lambda: ranked_vectors(RANKED, floor=0.5),
+    "discover": lambda: candidates(CANDIDATES, random=0.1),
     "password_locked": lambda: password_locked(
         {"DCT": [0.0, 0.5], "random": [0.0, 0.0]},
         {"locked": Interval(0.0, 0.0, 0.0), "steered": Interval(0.5, 0.0, 1.0)},
