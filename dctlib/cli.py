@@ -122,6 +122,27 @@ def discover(
         print(f"  {number:>2}  {row['source']:16}  {options.rank_by} {row[options.rank_by]:4.2f}  {line}")
     for purpose, path in {"browse": paths.explorer, "numbers": paths.results, "share": paths.shared}.items():
         print(f"{purpose + ':':9}{os.path.relpath(path)}")
+    if len(found.table):
+        print(f"next:    python -m dctlib export {os.path.relpath(paths.shared)} 0 --to gguf --output vector.gguf")
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="A folder of vectors: vectors/NAME/discover, say.")],
+    vector: Annotated[int, typer.Argument(help="Its place there, from 0 on.", min=0)],
+    to: Annotated[str, typer.Option(help="gguf, repeng, npz, folder or model.")],
+    output: Annotated[str, typer.Option(help="The file or folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="For --to model: as for load_model. Left out: as named there.")
+    ] = None,
+) -> None:
+    """Write one vector that was found for another tool.
+
+    Example: python -m dctlib export vectors/NAME/discover 0 --to gguf --output vector.gguf
+    """
+    from dctlib.exchange.export import export_vector
+
+    print(f"wrote {output}, to use as: {export_vector(folder, vector, to, output, model=model)}")
 
 
 @app.command()

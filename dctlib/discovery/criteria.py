@@ -33,8 +33,8 @@ class Grades:
         1 − exp(−x / 4), with x the nats by which the unsteered model finds the first 12 tokens of an answer less likely
         than as many of its own.
     fluency : Tensor
-        1 for text that is as likely as the model's own answers to harmless requests. It falls by a factor of e for
-        every nat a token beyond.
+        1 for text that is as likely, behind a request that it does not answer, as the model's own answers to harmless
+        requests are. It falls by a factor of e for every nat a token beyond.
     relevance : Tensor
         How much more likely an answer is after its own request than after another: 1 from half a nat a token on, 0 if
         it is not.
@@ -64,15 +64,12 @@ class Criteria:
     ----------
     model, tokenizer
         The model that is steered; it is read without steering.
-    neutral : str
-        A harmless prompt in chat format, after which text is read for fluency, whatever it answers.
     max_nll : float
-        Mean −log p of a token, in nats, up to which text after it counts as fluent.
+        Mean −log p of a token, in nats, up to which text counts as fluent behind a request that it does not answer.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    neutral: str
     max_nll: float
 
     @classmethod
@@ -90,11 +87,11 @@ class Criteria:
         """
         if len(examples) < _LEAST_EXAMPLES:
             raise ValueError(f"got {len(examples)} answers to harmless requests, expected at least {_LEAST_EXAMPLES}")
-        neutral, *others = examples
-        answers = [answer_of(example.answer) for example in others]
-        nll = cls(model, tokenizer, neutral.prompt, math.inf)._nll((neutral.prompt, answer) for answer in answers)
+        following = [*examples[1:], examples[0]]
+        pairs = [(other.prompt, answer_of(each.answer)) for other, each in zip(following, examples, strict=True)]
+        nll = cls(model, tokenizer, math.inf)._nll(pairs)
         means = [each.mean() for each in nll.values() if len(each)]
-        return cls(model, tokenizer, neutral.prompt, torch.stack(means).quantile(_FLUENT).item() if means else math.inf)
+        return cls(model, tokenizer, torch.stack(means).quantile(_FLUENT).item() if means else math.inf)
 
     def grade(self, texts: Sequence[str], unsteered: Sequence[str], completions: Sequence[Sequence[str]]) -> Grades:
         """Grade the completions of n texts under k vectors.
@@ -131,17 +128,16 @@ class Criteria:
         varied = {(row, i): bool(answers[row][i]) and not is_repetitive(answers[row][i]) for row, i in cells}
         reopened = {cell: is_reopened(*cell) for cell in cells}
 
-        # Only answers that are still in question are read after other prompts; the rest count as neither.
+        # Only answers that are still in question are read after another request; the rest count as neither.
         left = [cell for cell in cells if graded[cell] > 0 and varied[cell] and reopened[cell]]
-        following = {i: texts[(i + 1) % n] for i in range(n)}
-        general = self._nll((self.neutral, answers[row][i]) for row, i in left)
-        elsewhere = self._nll((following[i], answers[row][i]) for row, i in left)
+        others = [texts[(i + 1) % n] for i in range(n)]
+        elsewhere = self._nll((others[i], answers[row][i]) for row, i in left)
         fluency, relevance = dict.fromkeys(cells, 0.0), dict.fromkeys(cells, 0.0)
         for row, i in left:
             answer = answers[row][i]
-            excess = general[self.neutral, answer].mean().item() - self.max_nll
-            pmi = (elsewhere[following[i], answer] - own[texts[i], answer]).mean().item()
-            fluency[row, i] = math.exp(-max(0.0, excess))
+            behind_other = elsewhere[others[i], answer].mean().item()
+            pmi = behind_other - own[texts[i], answer].mean().item()
+            fluency[row, i] = math.exp(-max(0.0, behind_other - self.max_nll))
             relevance[row, i] = min(max(pmi / _PMI, 0.0), 1.0)
 
         def table(values: Mapping[tuple[int, int], float]) -> Tensor:

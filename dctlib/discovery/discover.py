@@ -96,7 +96,8 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
     )
     name, revision = model_reference(options.model)
     rows = found.table.to_dict("records")
-    save_folder(paths.shared, found.vectors, rows, layer=source, model=name, revision=revision, texts=texts)
+    facts = {"layer": source, "model": name, "revision": revision, "architecture": model.config.model_type}
+    save_folder(paths.shared, found.vectors, rows, **facts, texts=texts)
     write_json(paths.results, {"options": options.model_dump(), "target": target, **found.summary()})
     write_explorer(paths.explorer, page)
     return found

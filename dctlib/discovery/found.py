@@ -45,7 +45,7 @@ class FoundVectors:
     directions : Tensor, (m, d)
         All candidates, each at the length at which it was read last, float32 on the CPU.
     unsteered : list of str
-        Completions of the validation requests without steering.
+        Completions of the validation requests without steering, cut short, as all text here.
     completions : dict of int to list of str
         Those under the vectors that were read on all of them, by their row of `directions`.
     """

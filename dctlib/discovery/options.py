@@ -90,9 +90,9 @@ class DiscoverOptions(BaseModel):
     rank_by: Literal["excess", "score", "held_out", "damage", "novelty", "fluency", "relevance"] = Field(
         "excess", description="Column that sorts the vectors found."
     )
-    answer_tokens: int = Field(48, ge=4, strict=True, description="Tokens of a completion.")
+    answer_tokens: int = Field(48, ge=1, strict=True, description="Tokens of a completion.")
     shown_characters: int = Field(
-        400, ge=1, strict=True, description="Characters of a completion that are stored and shown."
+        100, ge=1, strict=True, description="Characters of a completion that are stored and shown."
     )
     dtype: Literal["native", "float32", "bfloat16"] = Field(
         "native", description="native (bfloat16 where it is faster), float32 or bfloat16."

@@ -26,7 +26,7 @@ from dctlib.discovery.found import (
 from dctlib.discovery.lengths import estimate_lengths, longest_within
 from dctlib.discovery.pool import RANDOM, find_candidates
 from dctlib.discovery.reading import Judge, Reader, Reading, ask_judge, halve
-from dctlib.evaluation.judges import fraction_true
+from dctlib.evaluation.judges import fraction_true, truncate
 from dctlib.maps.causal import CausalMap
 from dctlib.models.chat import Instruction, format_chat
 from dctlib.steering.generation import generate_completions
@@ -66,7 +66,7 @@ class SearchSettings(BaseModel):
     answer_tokens: int = Field(
         48, ge=1, strict=True, description="Tokens of a completion in the last reading; the first takes a quarter."
     )
-    shown_characters: int = Field(100, ge=1, strict=True, description="Characters of a completion in the table.")
+    shown_characters: int = Field(100, ge=1, strict=True, description="Characters of a completion that are kept.")
     progress: bool = Field(True, description="Show a progress bar.")
 
 
@@ -215,8 +215,8 @@ def search_vectors(
         table.loc[table["source"] == RANDOM, "held_out"].max(),
         candidates,
         vectors,
-        reading.unsteered,
-        dict(zip(finalists, reading.completions, strict=True)),
+        _truncated(reading.unsteered, settings),
+        {row: _truncated(texts, settings) for row, texts in zip(finalists, reading.completions, strict=True)},
     )
 
 
@@ -247,6 +247,10 @@ def _describe_finalists(
     }
     order = reading.order()
     return pd.DataFrame(columns).loc[order].set_axis([rows[place] for place in order])
+
+
+def _truncated(completions: Sequence[str], settings: SearchSettings) -> list[str]:
+    return [truncate(completion, settings.shown_characters) for completion in completions]
 
 
 def _our_benign() -> list[str]:

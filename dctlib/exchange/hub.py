@@ -79,6 +79,8 @@ class Facts(BaseModel):
     """Where vectors are added: the input of a block."""
     layer: Annotated[int, Field(ge=0)]
     """Of which block."""
+    architecture: Annotated[str, Field(min_length=1)]
+    """``model.config.model_type``."""
     operation: Literal["add"]
     positions: Literal["all"]
     vectors: list[VectorFacts]
@@ -86,6 +88,11 @@ class Facts(BaseModel):
     prompts_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """:func:`prompts_digest` of what they were found on."""
     dctlib_version: str
+
+    @property
+    def reference(self) -> str:
+        """What :func:`dctlib.load_model` takes."""
+        return f"{self.model}@{self.revision}" if self.revision else self.model
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +126,7 @@ def save_folder(
     layer: int,
     model: str,
     revision: str | None,
+    architecture: str,
     texts: Sequence[str],
 ) -> None:
     """Write a folder to share or to upload to a hub as it is, whole or not at all.
@@ -138,6 +146,8 @@ def save_folder(
         The model that the reader has to load: a Hub id ``owner/name``, or a name that both know.
     revision : str or None
         Its commit on the Hub, where it has one.
+    architecture : str
+        ``model.config.model_type``, which other tools want to know.
     texts : sequence of str
         The prompts that they were found on. Only their hash is written.
 
@@ -147,7 +157,6 @@ def save_folder(
         If a vector is zero or not finite, there is not one row for each, a name has other characters
         than letters, digits and ``_ . / -``, or `folder` holds something else.
     """
-    folder = Path(folder)
     check_replaceable(folder)
     vectors = vectors.detach().cpu().contiguous()
     if vectors.ndim != 2 or len(vectors) != len(rows):
@@ -157,6 +166,7 @@ def save_folder(
         "revision": revision,
         "hook_point": "resid_pre",
         "layer": layer,
+        "architecture": architecture,
         "operation": "add",
         "positions": "all",
         "vectors": [
@@ -166,18 +176,24 @@ def save_folder(
         "prompts_sha256": prompts_digest(texts),
         "dctlib_version": version("dctlib"),
     }
-    facts = _facts(json.dumps(content), "what to save")
+    write_shared(folder, SharedVectors(vectors, _facts(json.dumps(content), "what to save")))
+
+
+def write_shared(folder: str | Path, shared: SharedVectors) -> None:
+    """Write a folder that :func:`load_folder` reads, whole or not at all. It replaces only one of its own kind."""
+    check_replaceable(folder)
+    facts = shared.facts
     card = _TEXT.format(
-        count=len(vectors),
+        count=len(facts.vectors),
         tensor=_TENSOR,
         numbers=_NUMBERS,
-        reference=f"{model}@{revision}" if revision else model,
+        reference=facts.reference,
         table=_table(facts),
         **facts.model_dump(include={"model", "layer"}),
     )
     with atomic_path(folder) as partial:
         partial.mkdir()
-        save_file({_TENSOR: vectors}, partial / _NUMBERS)
+        save_file({_TENSOR: shared.vectors}, partial / _NUMBERS)
         (partial / _CONFIG).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / _CARD).write_text(card, encoding="utf-8")
         (partial / _SUMS).write_text(_sums(partial), encoding="utf-8")

@@ -16,7 +16,7 @@ from dctlib.models.chat import tokenize
 from dctlib.models.logits import output_logits
 from dctlib.models.packing import PromptTree, pack_prompts
 
-_MOST_TOKENS = 1024  # a tree runs once here, not once for every factor, so that few large products are the fastest
+_MOST_TOKENS = 512  # larger trees spend more on attention than they save, smaller ones share less
 
 
 @dataclass(frozen=True)

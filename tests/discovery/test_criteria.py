@@ -24,7 +24,7 @@ def unsteered(llama, tokenizer, texts):
 
 @pytest.fixture
 def criteria(llama, tokenizer, texts):
-    return Criteria(llama, tokenizer, texts[0], math.inf)
+    return Criteria(llama, tokenizer, math.inf)
 
 
 def nll(model, tokenizer, prompt, answer):
@@ -55,9 +55,9 @@ def test_novelty_is_how_much_less_likely_than_the_unsteered_beginning(llama, tok
 
 def test_fluency_falls_beyond_the_bound(llama, tokenizer, texts, unsteered):
     said = ["w40 w41 w42", "w43 w44 w45 w46", "w47"]
-    general = [nll(llama, tokenizer, texts[0], answer) for answer in said]
+    general = [nll(llama, tokenizer, texts[(i + 1) % 3], answer) for i, answer in enumerate(said)]
     bound = sorted(general)[1]
-    grades = Criteria(llama, tokenizer, texts[0], bound).grade(texts, unsteered, [said])
+    grades = Criteria(llama, tokenizer, bound).grade(texts, unsteered, [said])
     expected = [math.exp(min(0.0, bound - each)) for each in general]
     assert min(expected) < 0.999
     assert grades.fluency[0].tolist() == pytest.approx(expected, abs=1e-4)
@@ -66,8 +66,9 @@ def test_fluency_falls_beyond_the_bound(llama, tokenizer, texts, unsteered):
 def test_the_bound_is_what_the_model_says_to_harmless_requests(llama, tokenizer):
     examples = unsteered_answers(llama, tokenizer, BENIGN, max_new_tokens=5)
     criteria = Criteria.from_answers(llama, tokenizer, examples)
-    assert criteria.neutral == examples[0].prompt
-    general = [nll(llama, tokenizer, criteria.neutral, each.answer) for each in examples[1:]]
+    following = [*examples[1:], examples[0]]
+    pairs = zip(following, examples, strict=True)
+    general = [nll(llama, tokenizer, other.prompt, each.answer) for other, each in pairs]
     assert criteria.max_nll == pytest.approx(torch.tensor(general).quantile(0.9).item(), abs=1e-4)
 
 

@@ -110,7 +110,7 @@ def test_a_reading_pairs_every_completion_with_its_request(llama, tokenizer):
         asked.extend(zip(requests, completions, strict=True))
         return [request == "w1 w2" for request in requests]
 
-    reader = Reader(llama, tokenizer, 1, Criteria(llama, tokenizer, "user w9", 9.0), judge)
+    reader = Reader(llama, tokenizer, 1, Criteria(llama, tokenizer, 9.0), judge)
     vectors = 6 * torch.eye(32)[:3]
     reading = reader.read(REQUESTS[:2], vectors, max_new_tokens=3)
     assert reading.verdicts is not None and reading.verdicts.tolist() == [[0, 1]] * 3

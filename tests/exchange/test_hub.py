@@ -30,7 +30,8 @@ ROWS = [
 
 
 def save(folder, vectors=VECTORS, rows=ROWS, **changes):
-    facts = {"layer": 10, "model": "owner/name", "revision": "0123abc", "texts": TEXTS, **changes}
+    facts = {"layer": 10, "architecture": "llama", "texts": TEXTS}
+    facts |= {"model": "owner/name", "revision": "0123abc", **changes}
     save_folder(folder, vectors, rows, **facts)
     return folder
 
@@ -76,6 +77,7 @@ def test_the_folder_says_what_the_vectors_are_for_and_holds_no_prompt(tmp_path):
         "revision": "0123abc",
         "hook_point": "resid_pre",
         "layer": 10,
+        "architecture": "llama",
         "operation": "add",
         "positions": "all",
         "vectors": [

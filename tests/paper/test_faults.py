@@ -225,12 +225,16 @@ def dct(m):
 def contents():
     return {str(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
+def share(path, rows):
+    facts = {"layer": 1, "model": "m", "revision": None, "architecture": "llama"}
+    save_folder(path, rows, [{"source": "mine"}] * len(rows), **facts, texts=["a"])
+
 folder = Path(sys.argv[1])
 writers = {
     "a.json": lambda path, m: write_json(path, list(range(10_000 * m))),
     "dct.safetensors": lambda path, m: dct(m).save(path),
     "v.gguf": lambda path, m: write_control_vector(path, {2: torch.ones(10_000 * m)}, architecture="llama"),
-    "folder": lambda path, m: save_folder(path, dct(m), model="m", revision=None, texts=["a"]),
+    "folder": lambda path, m: share(path, dct(2 * m).V),
 }
 for name, write in writers.items():
     write(folder / name, 1)
