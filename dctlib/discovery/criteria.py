@@ -109,41 +109,38 @@ class Criteria:
         before = [answer_of(completion) for completion in unsteered]
         answers = [[answer_of(completion) for completion in each] for each in completions]
         cells = [(row, i) for row in range(len(answers)) for i in range(n)]
-        own = self._nll((text, answer) for each in [before, *answers] for text, answer in zip(texts, each, strict=True))
         openings = [self._opening(answer) for answer in before]
         common = {opening for opening, count in Counter(openings).items() if count > 1 and 2 * count >= n}
-
-        def novelty(row: int, i: int) -> float:
-            found, usual = own[texts[i], answers[row][i]], own[texts[i], before[i]]
-            compared = min(_BEGINNING, len(found), len(usual))
-            surprise = (found[:compared] - usual[:compared]).sum().item()
-            return -math.expm1(-max(0.0, surprise) / _SURPRISE)
 
         def is_reopened(row: int, i: int) -> bool:
             opening = self._opening(answers[row][i])
             both_refuse = is_refusal(answers[row][i]) and is_refusal(before[i])
             return opening != openings[i] and opening not in common and not both_refuse
 
-        graded = {cell: novelty(*cell) for cell in cells}
         varied = {(row, i): bool(answers[row][i]) and not is_repetitive(answers[row][i]) for row, i in cells}
         reopened = {cell: is_reopened(*cell) for cell in cells}
 
-        # Only answers that are still in question are read after another request; the rest count as neither.
-        left = [cell for cell in cells if graded[cell] > 0 and varied[cell] and reopened[cell]]
+        # Only answers that are still in question cost a pass; the rest have the other grades 0.
+        left = [(row, i) for row, i in cells if varied[row, i] and reopened[row, i]]
         others = [texts[(i + 1) % n] for i in range(n)]
+        own = self._nll((texts[i], answer) for row, i in left for answer in (before[i], answers[row][i]))
         elsewhere = self._nll((others[i], answers[row][i]) for row, i in left)
-        fluency, relevance = dict.fromkeys(cells, 0.0), dict.fromkeys(cells, 0.0)
+        novelty, fluency, relevance = (dict.fromkeys(cells, 0.0) for _ in range(3))
         for row, i in left:
             answer = answers[row][i]
+            found, usual = own[texts[i], answer], own[texts[i], before[i]]
+            compared = min(_BEGINNING, len(found), len(usual))
+            surprise = (found[:compared] - usual[:compared]).sum().item()
             behind_other = elsewhere[others[i], answer].mean().item()
-            pmi = behind_other - own[texts[i], answer].mean().item()
+            pmi = behind_other - found.mean().item()
+            novelty[row, i] = -math.expm1(-max(0.0, surprise) / _SURPRISE)
             fluency[row, i] = math.exp(-max(0.0, behind_other - self.max_nll))
             relevance[row, i] = min(max(pmi / _PMI, 0.0), 1.0)
 
         def table(values: Mapping[tuple[int, int], float]) -> Tensor:
             return torch.tensor([values[cell] for cell in cells]).view(len(answers), n)
 
-        return Grades(table(graded), table(fluency), table(relevance), table(varied), table(reopened))
+        return Grades(table(novelty), table(fluency), table(relevance), table(varied), table(reopened))
 
     def _nll(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Float[Tensor, " tokens"]]:
         """Return −log p of the tokens of each pair's answer after its prompt, each pair read once."""

@@ -57,7 +57,7 @@ class DiscoverOptions(BaseModel):
         4, ge=1, strict=True, description="Instructions to fit, the first of the file. 4 to 12 suffice."
     )
     validation: int = Field(
-        16,
+        12,
         ge=4,
         strict=True,
         description="Instructions after those: vectors are chosen on the first half and checked on the second.",

@@ -33,19 +33,19 @@ from dctlib.steering.generation import generate_completions
 
 # Each stage with its share of the time, in percent.
 _STAGES = {
-    "unsteered answers": 5,
-    "calibrate and fit": 40,
+    "unsteered answers": 3,
+    "calibrate and fit": 18,
     "halve on text": 20,
-    "choose lengths": 20,
-    "read and compare": 15,
+    "choose lengths": 19,
+    "read and compare": 40,
 }
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 SEARCH_VERSION = 1
 """Part of the key of remembered searches: raise it with any change that alters :func:`search_vectors`' results."""
 
 _SURVIVORS = 16  # of the halving
 _FINALISTS = 8
-_RANKING_PROMPTS = 8  # on which lengths are compared
+_RANKING_PROMPTS = 4  # on which the survivors are compared at their lengths
 _ELSEWHERE = 8  # harmless requests that finalists are read on
 _FEW_ANSWERS, _ANSWERS = 4, 8  # to harmless requests, on which lengths are estimated and chosen
 _LEAST_VALIDATION = 4
@@ -88,8 +88,8 @@ def search_vectors(
 
     Candidates of three methods are fitted to `fit`, and random directions join them as a control. Successive halving
     reads all of them on few tokens of the first half of `validation`, each at a length whose damage is about a bound.
-    At most 16 survive, and two random ones. Their lengths are then measured to be within the bound. The best 8, and the
-    random ones, are read on all of `validation`. A vector is found if its score on the second half is above that of no
+    At most 16 survive, and two random ones. Their lengths are then measured to be within the bound. The best 8, and one
+    random one, are read on all of `validation`. A vector is found if its score on the second half is above that of no
     vector, by a margin.
 
     The score of a vector is the fraction of its completions that the judge finds True. Without a judge it is the
@@ -177,10 +177,11 @@ def search_vectors(
         multiples = {row: limit for row, limit in zip(survivors, limits, strict=True) if limit}
         for row, multiple in multiples.items():
             vectors[row] = multiple * at_R[row]
-        reading = reader.read(ranking[:_RANKING_PROMPTS], vectors[[*multiples]], max_new_tokens=math.ceil(tokens / 2))
+        # The last of the ranking prompts, because the first round of the halving read the first.
+        reading = reader.read(ranking[-_RANKING_PROMPTS:], vectors[[*multiples]], max_new_tokens=math.ceil(tokens / 2))
         ranked = [[*multiples][place] for place in reading.order()]
         finalists = [row for row in ranked if row in halving.rows][:_FINALISTS]
-        finalists += [row for row in ranked if row in halving.controls]
+        finalists += [row for row in ranked if row in halving.controls][:1]
 
         _announce(bar, 5)
         reading = reader.read(validation, vectors[finalists], max_new_tokens=tokens)
@@ -212,7 +213,7 @@ def search_vectors(
     return FoundVectors(
         source,
         pool.input_scale,
-        table.loc[table["source"] == RANDOM, "held_out"].max(),
+        float(table.loc[table["source"] == RANDOM, "held_out"].max()),
         candidates,
         vectors,
         _truncated(reading.unsteered, settings),

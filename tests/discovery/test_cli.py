@@ -61,6 +61,7 @@ def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_
     assert done.returncode == 0, done.stderr
     assert "stage 5 of 5" in done.stderr
     printed = done.stdout.strip().splitlines()
+    assert printed.pop() == "next:    python -m dctlib export vectors/tiny/discover 0 --to gguf --output vector.gguf"
     assert [line.split()[-1] for line in printed[-3:]] == [
         "runs/tiny/discover_explorer.html",
         "runs/tiny/discover.json",

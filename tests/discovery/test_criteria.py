@@ -118,6 +118,7 @@ def test_the_usual_opening_of_other_answers_is_not_new(criteria, texts):
     before = ["w30 w31 w32 w33", "w30 w31 w32 w34", "w35 w36 w37"]
     grades = criteria.grade(texts, before, [["w40 w41 w42", "w40 w41 w42", "w30 w31 w32 w39"]])
     assert grades.reopened.tolist() == [[True, True, False]]
+    assert grades.novelty[0, 2] == 0  # nothing more was read of it
 
 
 def test_a_refusal_in_other_words_is_not_new_but_one_of_what_was_answered_is(criteria, texts):

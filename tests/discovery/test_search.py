@@ -158,13 +158,17 @@ def test_a_vector_must_do_more_than_no_vector_and_than_it_does_elsewhere():
 
 
 def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
-    found = run(model, tokenizer, margin=0.02)
+    found = run(model, tokenizer, margin=1e-4)
+    read = found.candidates[found.candidates["score"].notna()]
+    assert (read["score"] <= read[["novelty", "fluency", "relevance"]].min(axis=1) + 1e-6).all()
+    for row in read.to_dict("records"):
+        above_nothing = row["held_out"] >= 1e-4
+        assert math.isnan(row["elsewhere"]) != above_nothing  # it is read elsewhere only if that can matter
+        assert row["found"] == (above_nothing and row["held_out"] >= row["elsewhere"] + 1e-4)
+        if above_nothing:
+            assert row["excess"] == pytest.approx(row["score"] - row["elsewhere"])
+    assert found.table["excess"].is_monotonic_decreasing
     assert len(found.table)
-    assert all(score <= novelty for score, novelty in zip(found.table["score"], found.table["novelty"], strict=True))
-    for held_out, elsewhere in zip(found.table["held_out"], found.table["elsewhere"], strict=True):
-        assert held_out >= elsewhere + 0.02
-    excess = found.table["score"] - found.table["elsewhere"]
-    assert found.table["excess"].tolist() == pytest.approx(excess.tolist()) and excess.is_monotonic_decreasing
 
 
 def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, planted, says_it, found):
@@ -179,7 +183,7 @@ def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, p
 def test_a_whole_search_returns_lengths_and_sources(model, tokenizer):
     found = run(model, tokenizer, num_factors=2, iterations=1)
     read = found.candidates[found.candidates["score"].notna()]
-    assert 8 <= len(read) <= 8 + 2
+    assert 8 <= len(read) <= 8 + 1
     assert read["multiple"].between(0.7 * 0.25, 1.4).all()
     lengths = found.directions[read.index.tolist()].norm(dim=1)
     assert read["length"].tolist() == pytest.approx(lengths.tolist())
