@@ -22,11 +22,13 @@ function shown(value, { decimals }) {
 function cell(value, column, index) {
   if (index === 0) return link(value);
   if (column.decimals !== null) return document.createTextNode(shown(value, column));
-  return make("bdi", shown(value, column), { className: "token", title: shown(value, column) });
+  if (column.name === "says") return make("bdi", shown(value, column), { className: "says" });
+  return make("bdi", shown(value, column), { className: "token" });
 }
 
-// DataTables decodes entities in what it searches, through innerHTML: it may only see escaped text there.
-const escaped = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+// DataTables decodes entities in what it searches, through innerHTML: it may only see escaped text there. Its pattern
+// ends at a line's end.
+const escaped = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replace(/\s+/g, " ");
 
 function column(of, index) {
   return {
@@ -142,6 +144,7 @@ function speak() {
   get("note").textContent = !said ? "It was not read on all requests: others went further in the search."
     : open ? "" : `${few} completion${few === 1 ? " is" : "s are"} folded; the text may be harmful.`;
   get("said").hidden = !open;
+  document.body.classList.toggle("folded", !get("show").checked);
   for (const body of [...get("said").tBodies]) body.remove();
   if (!open) return;
   data.instructions.forEach((instruction, i) => {
@@ -161,7 +164,8 @@ function open() {
   get("name").textContent = `Vector ${ids[chosen]}`;
   const values = data.columns.map((column, i) => {
     const pair = make("div", "");
-    pair.append(make("dt", column.name, { title: column.about ?? "" }), make("dd", shown(row[i], column)));
+    const text = make("dd", shown(row[i], column), { className: column.name === "says" ? "says" : "" });
+    pair.append(make("dt", column.name, { title: column.about ?? "" }), text);
     return pair;
   });
   get("values").replaceChildren(...values.slice(1, -2)); // the nearest vector and its cosine stand below

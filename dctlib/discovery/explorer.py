@@ -46,6 +46,9 @@ _ABOUT = {
 }
 
 
+_FIRST = ["found", "source", "says", "excess", "held_out", "damage"]  # columns that stand to the left
+
+
 @dataclass(frozen=True, eq=False)
 class Exploration:
     """Content of a page about k vectors.
@@ -109,10 +112,11 @@ class Exploration:
             Those that the search validated on.
         """
         order = found.candidates.index.tolist()
+        table = found.candidates.astype({"found": int}).reset_index(names="vector")
         return cls(
             title=title,
             facts=facts,
-            table=found.candidates.astype({"found": int}).reset_index(names="vector"),
+            table=table.reindex(columns=["vector", *_FIRST, *table.columns.drop(["vector", *_FIRST])]),
             V=found.directions[order],
             U=effects.cpu()[order],
             instructions=instructions,

@@ -61,19 +61,21 @@ class FoundVectors:
     @property
     def vectors(self) -> Float[Tensor, "k d"]:
         """The vectors found, each at its own length: ``steer(model, layer=found.layer, vector=found.vectors[0])``."""
-        return self.directions[self.candidates.index[self.candidates["found"]].tolist()]
+        return self.directions[self._rows()]
 
     @property
     def table(self) -> pd.DataFrame:
         """A row for each of :attr:`vectors`: the columns of :attr:`candidates` but for the first and the last."""
-        return self.candidates.loc[self.candidates["found"], COLUMNS].reset_index(drop=True)
+        return pd.DataFrame(self.candidates.loc[self._rows(), COLUMNS]).reset_index(drop=True)
 
     def sorted_by(self, column: str) -> "FoundVectors":
         """Return the same with the vectors found sorted by a column, the best first, which of damage is the least."""
-        found = self.candidates[self.candidates["found"]].sort_values(
-            column, ascending=column == "damage", kind="stable"
-        )
-        return replace(self, candidates=self.candidates.loc[[*found.index, *self.candidates.index.drop(found.index)]])
+        found = self.candidates.loc[self._rows()].sort_values(by=[column], ascending=column == "damage", kind="stable")
+        others = self.candidates.index.drop(found.index)
+        return replace(self, candidates=self.candidates.loc[[*found.index, *others]])
+
+    def _rows(self) -> list[int]:
+        return self.candidates.index[self.candidates["found"].to_numpy(bool)].tolist()
 
     def summary(self) -> dict[str, Any]:
         """Return the slice's source, R, counts, and the table's rows as JSON-able results."""
@@ -85,13 +87,13 @@ class FoundVectors:
             "found": len(self.table),
             "sources": self.table["source"].value_counts().to_dict(),
             "meaning": self.explanation,
-            "readings": json.loads(self.table.to_json(orient="records", double_precision=10)),
+            "readings": json.loads(str(self.table.to_json(orient="records", double_precision=10))),
         }
 
     def to_result(self) -> dict[str, Any]:
         """Return what :func:`dctlib.runs.cache.remember` stores: JSON, and tensors beside it."""
         rest = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        table = json.loads(self.candidates.to_json(orient="split", double_precision=15))
+        table = json.loads(str(self.candidates.to_json(orient="split", double_precision=15)))
         return rest | {"candidates": table, "random": None if math.isnan(self.random) else self.random}
 
     @classmethod
@@ -118,10 +120,11 @@ class FoundVectors:
         )
 
 
-def is_above(table: pd.DataFrame, *, unsteered: float, margin: float) -> pd.Series:
+def is_above(table: pd.DataFrame, *, unsteered: float, margin: float) -> list[bool]:
     """Return whether each row's ``held_out`` is above the unsteered score and its ``elsewhere``, by a margin each."""
-    bound = table["elsewhere"].fillna(unsteered).clip(lower=unsteered)  # with a judge, nothing was read elsewhere
-    return table["held_out"] >= bound + margin
+    elsewhere = table["elsewhere"].to_numpy(float)
+    bound = np.fmax(elsewhere, unsteered)  # which passes NaN over: with a judge, nothing was read elsewhere
+    return (table["held_out"].to_numpy(float) >= bound + margin).tolist()
 
 
 def describe_candidates(
@@ -158,7 +161,8 @@ def describe_candidates(
     for name in finalists:
         table.loc[finalists.index, name] = finalists[name]
     behind = table.drop(finalists.index).assign(round=last_round).sort_values(["round", "first"], ascending=False)
-    order = [*finalists.index[finalists["found"]], *finalists.index[~finalists["found"]], *behind.index]
+    found = finalists["found"].to_numpy(bool)
+    order = [*finalists.index[found], *finalists.index[~found], *behind.index]
     return table.loc[order, ["found", *COLUMNS, "first"]].astype({"found": bool})
 
 

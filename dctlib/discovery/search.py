@@ -189,7 +189,8 @@ def search_vectors(
         if judge is not None:
             unsteered = fraction_true(ask_judge(judge, validation[held_out], reading.unsteered[held_out]))
         table = _describe_finalists(reading, finalists, vectors, validation, held_out, settings)
-        promising = table.index[table["held_out"] >= unsteered + settings.margin].tolist()
+        bound = unsteered + settings.margin
+        promising = [row for row, score in zip(table.index, table["held_out"], strict=True) if score >= bound]
         if judge is None and promising:
             elsewhere = reader.read(reported_on[:_ELSEWHERE], vectors[promising], max_new_tokens=tokens)
             table.loc[promising, "elsewhere"] = elsewhere.scores()
@@ -213,7 +214,10 @@ def search_vectors(
     return FoundVectors(
         source,
         pool.input_scale,
-        float(table.loc[table["source"] == RANDOM, "held_out"].max()),
+        max(
+            (score for source, score in zip(table["source"], table["held_out"], strict=True) if source == RANDOM),
+            default=math.nan,
+        ),
         candidates,
         vectors,
         _truncated(reading.unsteered, settings),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -157,9 +158,9 @@ def test_a_system_message_and_conversations_reach_every_step(arguments, tmp_path
     ("depth", "expected"), [(1, (0, 1)), (4, (1, 2)), (24, (8, 16)), (28, (9, 18)), (30, (10, 20))]
 )
 def test_a_slice_that_is_left_out_is_the_middle_third(depth, expected):
-    options = DiscoverOptions(model="m", prompts="harmful")
-    assert options.slice_of(depth) == expected
-    assert DiscoverOptions(model="m", prompts="harmful", source=2, target=5).slice_of(depth) == (2, 5)
+    given: dict[str, Any] = {"model": "m", "prompts": "harmful"}
+    assert DiscoverOptions(**given).slice_of(depth) == expected
+    assert DiscoverOptions(**given, source=2, target=5).slice_of(depth) == (2, 5)
 
 
 def test_template_arguments_are_values_of_the_template():

@@ -98,7 +98,7 @@ def test_it_filters_by_number_and_by_hostile_text(page, run):
     page.get_by_label("Search", exact=True).fill("&<img")
     expected = len(run.completions)  # all of them say it to some request
     expect(page.locator(".dt-info")).to_have_text(f"{expected} vectors of {K}")
-    page.get_by_label("Search", exact=True).fill(f"vector {run.table['vector'].iloc[4]} &<img")
+    page.get_by_label("Search", exact=True).fill(f'"vector {run.table["vector"].iloc[4]} &<img"')
     expect(page.locator(".dt-info")).to_have_text(f"1 vectors of {K}")
     assert column(page, "vector") == [str(run.table["vector"].iloc[4])]
 
@@ -137,7 +137,10 @@ def test_text_is_folded_until_asked_for(page, run):
     spoken = page.locator("#said td")
     assert spoken.count() == 0
     expect(page.locator("#note")).to_have_text(f"{N} completions are folded; the text may be harmful.")
+    snippet = page.locator("#vectors tbody td .says").first
+    assert "blur" in snippet.evaluate("each => getComputedStyle(each).filter")
     page.get_by_label("Show completions").press(" ")
+    assert snippet.evaluate("each => getComputedStyle(each).filter") == "none"
     steered = next(iter(run.completions.values()))
     said = [text for pair in zip(run.unsteered, steered, strict=True) for text in pair]
     wanted = [truncate(text, run.shown_characters).replace("\ud800", "�") for text in said]

@@ -152,16 +152,16 @@ def test_a_vector_must_do_more_than_no_vector_and_than_it_does_elsewhere():
     table = pd.DataFrame(
         {"held_out": [0.9, 0.9, 0.5, 0.3, 0.7], "elsewhere": [0.1, 0.85, 0.1, 0.1, 0.0]}, index=[4, 2, 0, 1, 3]
     )
-    assert is_above(table, unsteered=0.3, margin=0.1).tolist() == [True, False, True, False, True]
+    assert is_above(table, unsteered=0.3, margin=0.1) == [True, False, True, False, True]
     judged = table.assign(elsewhere=math.nan)
-    assert is_above(judged, unsteered=0.6, margin=0.05).tolist() == [True, True, False, False, True]
+    assert is_above(judged, unsteered=0.6, margin=0.05) == [True, True, False, False, True]
 
 
 def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
     found = run(model, tokenizer, margin=1e-4)
-    read = found.candidates[found.candidates["score"].notna()]
-    assert (read["score"] <= read[["novelty", "fluency", "relevance"]].min(axis=1) + 1e-6).all()
-    for row in read.to_dict("records"):
+    read = [row for row in found.candidates.to_dict("records") if not math.isnan(row["score"])]
+    for row in read:
+        assert row["score"] <= min(row[name] for name in ("novelty", "fluency", "relevance")) + 1e-6
         above_nothing = row["held_out"] >= 1e-4
         assert math.isnan(row["elsewhere"]) != above_nothing  # it is read elsewhere only if that can matter
         assert row["found"] == (above_nothing and row["held_out"] >= row["elsewhere"] + 1e-4)
@@ -182,9 +182,9 @@ def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, p
 
 def test_a_whole_search_returns_lengths_and_sources(model, tokenizer):
     found = run(model, tokenizer, num_factors=2, iterations=1)
-    read = found.candidates[found.candidates["score"].notna()]
+    read = found.candidates.dropna(subset=["score"])
     assert 8 <= len(read) <= 8 + 1
-    assert read["multiple"].between(0.7 * 0.25, 1.4).all()
+    assert all(0.25 <= multiple <= 1.4 for multiple in read["multiple"])
     lengths = found.directions[read.index.tolist()].norm(dim=1)
     assert read["length"].tolist() == pytest.approx(lengths.tolist())
     assert read["multiple"].tolist() == pytest.approx((lengths / found.input_scale).tolist())

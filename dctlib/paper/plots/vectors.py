@@ -184,7 +184,7 @@ def candidates(table: pd.DataFrame, random: float) -> Figure:
         The best held-out score of a random direction.
     """
     figure, (left, right) = panels((1, 1), height=2.8)
-    methods = table["source"].drop_duplicates().sort_values().tolist()
+    methods = sorted(set(table["source"]))
     colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
     shared: Any = {"hue": "source", "palette": colours, "legend": False, "linewidth": 0}
     read = table.dropna(subset="first")
