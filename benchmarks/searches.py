@@ -39,12 +39,13 @@ def main() -> None:
             target=given.target,
             seed=seed,
         )
-        best = (found.candidates["held_out"] - found.candidates["elsewhere"]).max()
+        table = found.candidates.dropna(subset=["elsewhere"])
+        excess = [row["held_out"] - row["elsewhere"] for row in table.to_dict("records")]
         runs.append(
             {
                 "seed": seed,
                 "found": len(found.table),
-                "best": None if best != best else round(float(best), 3),
+                "best": round(max(excess, default=0.0), 3),
                 "random": round(found.random, 3),
                 "seconds": round(time.time() - begun),
             }
