@@ -188,13 +188,14 @@ def candidates(table: pd.DataFrame, random: float) -> Figure:
     colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
     shared: Any = {"hue": "source", "palette": colours, "legend": False, "linewidth": 0}
     read = table.dropna(subset="first")
-    sns.stripplot(read, x="first", y="source", order=methods, size=4, jitter=0.25, ax=left, **shared)
+    sns.stripplot(read, x="first", y="source", order=methods, size=5, alpha=0.5, jitter=False, ax=left, **shared)
     left.set(xlabel="score in the first round", ylabel="", xlim=(-0.03, 1.03))
     finalists = table.dropna(subset="held_out")
     for found, marker in {True: "o", False: "x"}.items():
         rows = finalists[finalists["found"] == found]
         look: Any = {"color": [colours[source] for source in rows["source"]], "marker": marker, "s": 22}
-        right.scatter(rows["damage"], rows["held_out"], label="found" if found else "not found", **look)
+        right.scatter(rows["damage"], rows["held_out"], **look)
+        right.plot([], [], marker, color="0.5", ms=5, label="found" if found else "not found")
     if not np.isnan(random):
         right.axhline(random, color="0.5", lw=1, ls="--")
         note(right, "best random direction", (1, random), "0.5")
