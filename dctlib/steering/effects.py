@@ -48,8 +48,8 @@ def effects(
         If there is no text or vector, they have another width, or the layer is out of range.
     """
 
-    def read(residuals: list[Tensor]) -> Tensor:
-        return compute_logits(model, residuals[-1]).log_softmax(-1)
+    def read(residual: Tensor) -> Tensor:
+        return compute_logits(model, residual).log_softmax(-1)
 
     def compare(steered: Tensor, clean: Tensor) -> Tensor:
         divergence = torch.sum(steered.exp() * (steered - clean), -1)

@@ -1,17 +1,15 @@
-"""Residuals of the last token under many steering vectors, with each prompt's unsteered prefix captured once."""
+"""The last token's residual under many steering vectors, with each prompt's unsteered prefix captured once."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.maps.replay import capture, replay, verify_replay
-from dctlib.models.blocks import check_layer, eager_attention, get_blocks, output_residual, residual_width
+from dctlib.maps.replay import capture, replay
+from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width
 from dctlib.models.chat import tokenize_each
 from dctlib.models.packing import pack_prompts
 
@@ -23,13 +21,13 @@ def replay_last_token(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     vectors: Float[Tensor, "m d"],
-    read: Callable[[list[Tensor]], Tensor],
+    read: Callable[[Tensor], Tensor],
     *,
     compare: Callable[[Tensor, Tensor], Tensor] | None = None,
     layer: int,
     progress: bool = True,
 ) -> Float[Tensor, "m n ..."]:
-    """Return what `read` computes from the last token's residuals, for every vector and text.
+    """Return what `read` computes from the last token's residual, for every vector and text.
 
     Each tree of prompts is captured once. Blocks `layer` … end are then replayed on batches of vectors.
 
@@ -40,7 +38,7 @@ def replay_last_token(
     vectors : Tensor, (m, d)
         Each is added to h_layer at every position.
     read : callable
-        ``read(residuals)``: from those behind every block from `layer` on, (k, prompts, d) each, to (k, prompts, …).
+        ``read(residual)``: from that behind the last block, (k, prompts, d), to (k, prompts, …).
     compare : callable, optional
         ``compare(steered, clean)``: from what `read` returns with the vectors and, with k = 1, without.
 
@@ -61,36 +59,17 @@ def replay_last_token(
     trees = pack_prompts(model, tokenize_each(tokenizer, texts))
     vectors = vectors.to(model.device)
     blocks = list(get_blocks(model))[layer:]
-    verify_replay(model, layer, layer + len(blocks))  # here, as it runs blocks that are recorded below
     columns = []
     bar = tqdm(total=len(texts), desc=f"replaying {len(vectors)} vectors", disable=not progress)
     with torch.no_grad(), eager_attention(model), torch.compiler.set_stance("force_eager"), bar:
         for tree in trees:
             last = torch.stack([path[-1] for path in tree.paths])
-            with _last_residuals(blocks, last) as clean:
-                prompts = capture(model, tree, source=layer, target=layer + len(blocks))
-            reference = read(clean) if compare else torch.empty(0)
+            prompts = capture(model, tree, source=layer, target=layer + len(blocks))
+            reference = read(replay(blocks, prompts, 0 * vectors[:1])[:, last]) if compare else torch.empty(0)
             rows = []
-            rows_at_once = max(1, _TOKENS // tree.tokens.shape[1]) if prompts.takes_batches else 1
-            for batch in vectors.split(rows_at_once):
-                with _last_residuals(blocks, last) as steered:
-                    replay(blocks, prompts, batch)
-                found = read(steered)
+            for batch in vectors.split(max(1, _TOKENS // tree.tokens.shape[1])):
+                found = read(replay(blocks, prompts, batch)[:, last])
                 rows.append(compare(found, reference) if compare else found)
             columns.append(torch.cat(rows))
             bar.update(len(tree.paths))
     return torch.cat(columns, dim=1).cpu()
-
-
-@contextmanager
-def _last_residuals(blocks: Sequence[nn.Module], last: Tensor) -> Iterator[list[Tensor]]:
-    """Record the residual at tokens `last` behind every block that runs, (batch, prompts, d) each."""
-    residuals: list[Tensor] = []
-
-    def record(_block: nn.Module, _args: tuple, output: Any) -> None:
-        residuals.append(output_residual(output)[:, last])
-
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(block.register_forward_hook(record))
-        yield residuals

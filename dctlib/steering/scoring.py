@@ -85,8 +85,8 @@ def score_vectors(
     """
     words = torch.tensor(_words(tokenizer, positive, negative), device=model.device)
 
-    def logit_diff(residuals: list[Tensor]) -> Tensor:
-        logits = compute_logits(model, residuals[-1], words)
+    def logit_diff(residual: Tensor) -> Tensor:
+        logits = compute_logits(model, residual, words)
         return logits[..., 0] - logits[..., 1]
 
     scores = replay_last_token(model, tokenizer, texts, vectors, logit_diff, layer=layer, progress=progress)
@@ -111,8 +111,8 @@ def score_each(
     """
     yes, no = _words(tokenizer, positive, negative)
 
-    def both(residuals: list[Tensor]) -> Tensor:
-        logits = compute_logits(model, residuals[-1])
+    def both(residual: Tensor) -> Tensor:
+        logits = compute_logits(model, residual)
         logit_diff = logits[..., yes] - logits[..., no]
         return torch.stack([logit_diff, (logits.argmax(-1) == yes).to(logit_diff)], dim=-1)
 
