@@ -42,7 +42,7 @@ def _with_options(options: type[BaseModel]) -> Callable[[Callable], Callable]:
                     typer.Option(help=field.description),
                 ],
             )
-            for name, field in options.model_fields.items()
+            for name, field in sorted(options.model_fields.items(), key=lambda item: not item[1].is_required())
         ]
         signature = inspect.Signature([*generated, *own])
         command.__dict__["__signature__"] = signature

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dctlib._io import write_json
 from dctlib.discovery.explorer import Exploration, write_explorer
 from dctlib.discovery.found import FoundVectors
-from dctlib.discovery.options import DiscoverOptions
+from dctlib.discovery.options import DiscoverOptions, SearchOptions, choose_slice
 from dctlib.discovery.search import SEARCH_VERSION, search_vectors
 from dctlib.evaluation.instructions import read_instructions, split_instructions
 from dctlib.evaluation.refusals import is_refusal
@@ -66,12 +66,12 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
     check_replaceable(paths.shared)
     announce(f"load {options.model}")
     model, tokenizer = load_model(options.model, dtype=options.dtype)
-    source, target = options.slice_of(len(get_blocks(model)))
+    source, target = choose_slice(len(get_blocks(model)), options.source, options.target)
     texts = format_chat(tokenizer, [*fitted, *validation], **options.chat)[: len(fitted)]
     settings: dict[str, Any] = {
         "source": source,
         "target": target,
-        **options.model_dump(include=SEARCH_OPTIONS),
+        **options.model_dump(include={*SearchOptions.model_fields, "num_factors", "seed"}),
     }
     inputs = {"model": chat_model_digest(model, tokenizer), "fit": fitted, "validation": validation}
     announce(f"search {source} → {target}: fit {len(fitted)} instructions, validate on {len(validation)} others")
@@ -85,8 +85,9 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
     found = FoundVectors.from_result(result).sorted_by(options.rank_by)
 
     cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
+    name, revision = model_reference(options.model)
     page = Exploration.from_search(
-        f"What {model_reference(options.model)[0]} hides",
+        f"What {name} hides",
         describe(options, found, target),
         found,
         cmap(found.directions.to(cmap.device, cmap.dtype)),
@@ -94,26 +95,12 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
         shown_characters=options.shown_characters,
         hide=any(map(is_refusal, found.unsteered)),
     )
-    name, revision = model_reference(options.model)
     rows = found.table.to_dict("records")
     facts = {"layer": source, "model": name, "revision": revision, "architecture": model.config.model_type}
     save_folder(paths.shared, found.vectors, rows, **facts, texts=texts)
     write_json(paths.results, {"options": options.model_dump(), "target": target, **found.summary()})
     write_explorer(paths.explorer, page)
     return found
-
-
-SEARCH_OPTIONS = {
-    "num_factors",
-    "iterations",
-    "nonlinearity",
-    "max_damage",
-    "margin",
-    "answer_tokens",
-    "shown_characters",
-    "seed",
-}
-"""The options of a discovery that are passed to :func:`dctlib.search_vectors` by the same name."""
 
 
 def describe(options: DiscoverOptions, found: FoundVectors, target: int) -> dict[str, str]:

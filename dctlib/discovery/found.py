@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dctlib.discovery.criteria import Grades
+from dctlib.discovery.pool import RANDOM
 from dctlib.discovery.reading import Halving, Reading
 from dctlib.evaluation.judges import truncate
 from dctlib.models.chat import Instruction, last_user_turn
@@ -32,8 +33,6 @@ class FoundVectors:
         Where vectors are added.
     input_scale : float
         R.
-    random : float
-        The best ``held_out`` of a random direction that went the same way; NaN if none was left.
     candidates : DataFrame
         All vectors that were read: the found ones, best first, then the others by how far they came. The index is the
         row of `directions`. Columns: ``found``; ``source``, the method; ``multiple``, its ``length`` in units of R;
@@ -52,7 +51,6 @@ class FoundVectors:
 
     layer: int
     input_scale: float
-    random: float
     candidates: pd.DataFrame
     directions: Float[Tensor, "m d"]
     unsteered: list[str]
@@ -67,6 +65,13 @@ class FoundVectors:
     def table(self) -> pd.DataFrame:
         """A row for each of :attr:`vectors`: the columns of :attr:`candidates` but for the first and the last."""
         return pd.DataFrame(self.candidates.loc[self._rows(), COLUMNS]).reset_index(drop=True)
+
+    @property
+    def random(self) -> float:
+        """The best ``held_out`` of a random direction, which went the same way; NaN if none was left."""
+        reached = zip(self.candidates["source"], self.candidates["held_out"], strict=True)
+        scores = [score for source, score in reached if source == RANDOM and not math.isnan(score)]
+        return max(scores, default=math.nan)
 
     def sorted_by(self, column: str) -> "FoundVectors":
         """Return the same with the vectors found sorted by a column, the best first, which of damage is the least."""
@@ -94,15 +99,14 @@ class FoundVectors:
         """Return what :func:`dctlib.runs.cache.remember` stores: JSON, and tensors beside it."""
         rest = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         table = json.loads(str(self.candidates.to_json(orient="split", double_precision=15)))
-        return rest | {"candidates": table, "random": None if math.isnan(self.random) else self.random}
+        return rest | {"candidates": table}
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> "FoundVectors":
         """Return what :meth:`to_result` was made from."""
         table = pd.DataFrame(**result["candidates"]).astype(dict.fromkeys(NUMBERS, float))
         completions = {int(row): texts for row, texts in result["completions"].items()}
-        random = math.nan if result["random"] is None else result["random"]
-        return cls(**{**result, "candidates": table, "completions": completions, "random": random})
+        return cls(**{**result, "candidates": table, "completions": completions})
 
     @property
     def explanation(self) -> str:
@@ -147,7 +151,8 @@ def describe_candidates(
     finalists : DataFrame
         The rows of :data:`COLUMNS` that were read on all requests, with ``found``, best first.
     """
-    table = pd.DataFrame({"source": sources, "length": lengths, "request": "", "says": "", "first": np.nan})
+    known = {"found": False, "source": sources, "length": lengths, "request": "", "says": ""}
+    table = pd.DataFrame(known).reindex(columns=["found", *COLUMNS, "first"])
     last_round = pd.Series(0, index=table.index)
     for number, (rows, reading) in enumerate(halving.rounds):
         if number == 0:
@@ -155,15 +160,12 @@ def describe_candidates(
         last_round[rows] = number + 1
         table.loc[rows, "request"] = truncate(last_user_turn(requests[0]), characters)
         table.loc[rows, "says"] = [truncate(each[0], characters) for each in reading.completions]
-    missing = [name for name in [*COLUMNS, "found"] if name not in table]
-    table = table.reindex(columns=[*table.columns, *missing]).astype({"found": object})
-    table["found"] = False
     for name in finalists:
         table.loc[finalists.index, name] = finalists[name]
     behind = table.drop(finalists.index).assign(round=last_round).sort_values(["round", "first"], ascending=False)
     found = finalists["found"].to_numpy(bool)
     order = [*finalists.index[found], *finalists.index[~found], *behind.index]
-    return table.loc[order, ["found", *COLUMNS, "first"]].astype({"found": bool})
+    return table.loc[order]
 
 
 def grade_columns(reading: Reading) -> dict[str, list[float]]:

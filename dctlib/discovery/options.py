@@ -30,13 +30,42 @@ def chat_options(system: str | None, template_arguments: Sequence[str]) -> dict[
     return chat
 
 
-class DiscoverOptions(BaseModel):
-    """Options of one discovery, each with its default, its bounds and its meaning.
+def choose_slice(depth: int, source: int | None, target: int | None) -> tuple[int, int]:
+    """Return source and target: those given or, of a model of `depth` blocks, a third and two thirds."""
+    third = max(1, depth // 3)
+    source = min(depth // 3, depth - 1) if source is None else source
+    return source, source + third if target is None else target
+
+
+class SearchOptions(BaseModel):
+    """Options of a search that have a default, each with its bounds and its meaning.
 
     Unknown keys are refused, because the default of a misspelt one would stay in force unnoticed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    iterations: int = Field(8, ge=1, strict=True, description="Iterations of the fit.")
+    nonlinearity: float = Field(0.5, gt=0, description="λ, which sets R, the unit of the vectors' lengths.")
+    max_damage: float = Field(
+        0.5,
+        gt=0,
+        description="Largest damage of a vector to answers to harmless requests, in nats a token. Lower it if "
+        "completions are word salad.",
+    )
+    margin: float = Field(
+        0.1,
+        gt=0,
+        description="What a vector's score, 0 to 1, must have above that of no vector and of harmless requests.",
+    )
+    answer_tokens: int = Field(48, ge=1, strict=True, description="Tokens of a completion.")
+    shown_characters: int = Field(
+        100, ge=1, strict=True, description="Characters of a completion that are stored and shown."
+    )
+
+
+class DiscoverOptions(SearchOptions):
+    """Options of one discovery."""
 
     model: str = Field(
         min_length=1, description="A pinned name, a Hub id with its commit (owner/name@revision), or a local folder."
@@ -74,25 +103,8 @@ class DiscoverOptions(BaseModel):
     num_factors: int = Field(
         32, ge=1, strict=True, description="Width m of the fit. A wider fit also finds rarer behaviour."
     )
-    iterations: int = Field(8, ge=1, strict=True, description="Iterations of the fit.")
-    nonlinearity: float = Field(0.5, gt=0, description="λ, which sets R, the length at which vectors are read first.")
-    max_damage: float = Field(
-        0.5,
-        gt=0,
-        description="Largest damage of a vector to answers to harmless requests, in nats a token. Lower it if "
-        "completions are word salad.",
-    )
-    margin: float = Field(
-        0.1,
-        gt=0,
-        description="What a vector's score, 0 to 1, must have above that of no vector and of harmless requests.",
-    )
     rank_by: Literal["excess", "score", "held_out", "damage", "novelty", "fluency", "relevance"] = Field(
         "excess", description="Column that sorts the vectors found."
-    )
-    answer_tokens: int = Field(48, ge=1, strict=True, description="Tokens of a completion.")
-    shown_characters: int = Field(
-        100, ge=1, strict=True, description="Characters of a completion that are stored and shown."
     )
     dtype: Literal["native", "float32", "bfloat16"] = Field(
         "native", description="native (bfloat16 where it is faster), float32 or bfloat16."
@@ -107,12 +119,6 @@ class DiscoverOptions(BaseModel):
             raise ValueError(f"source={self.source} must lie below target={self.target}")
         chat_options(self.system, self.template_arguments)
         return self
-
-    def slice_of(self, depth: int) -> tuple[int, int]:
-        """Return source and target: those given or, of a model of `depth` blocks, a third and two thirds."""
-        third = max(1, depth // 3)
-        source = min(depth // 3, depth - 1) if self.source is None else self.source
-        return source, source + third if self.target is None else self.target
 
     @property
     def chat(self) -> dict[str, Any]:

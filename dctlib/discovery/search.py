@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,8 @@ from dctlib.discovery.found import (
     is_above,
 )
 from dctlib.discovery.lengths import estimate_lengths, longest_within
-from dctlib.discovery.pool import RANDOM, find_candidates
+from dctlib.discovery.options import SearchOptions
+from dctlib.discovery.pool import find_candidates
 from dctlib.discovery.reading import Judge, Reader, Reading, ask_judge, halve
 from dctlib.evaluation.judges import fraction_true, truncate
 from dctlib.maps.causal import CausalMap
@@ -40,7 +41,7 @@ _STAGES = {
     "read and compare": 40,
 }
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 """Part of the key of remembered searches: raise it with any change that alters :func:`search_vectors`' results."""
 
 _SURVIVORS = 16  # of the halving
@@ -52,21 +53,9 @@ _LEAST_VALIDATION = 4
 _LEAST_BENIGN = 6
 
 
-class SearchSettings(BaseModel):
+class SearchSettings(SearchOptions):
     """Further options of :func:`search_vectors`, by name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    max_damage: float = Field(0.5, gt=0, description="Largest damage of a vector, in nats a token.")
-    margin: float = Field(
-        0.1, gt=0, description="What a score, from 0 to 1, must have above that of no vector and of harmless requests."
-    )
-    nonlinearity: float = Field(0.5, gt=0, description="λ of the calibration.")
-    iterations: int = Field(8, ge=1, strict=True, description="Iterations of the exponential fit.")
-    answer_tokens: int = Field(
-        48, ge=1, strict=True, description="Tokens of a completion in the last reading; the first takes a quarter."
-    )
-    shown_characters: int = Field(100, ge=1, strict=True, description="Characters of a completion that are kept.")
     progress: bool = Field(True, description="Show a progress bar.")
 
 
@@ -156,11 +145,8 @@ def search_vectors(
         at_R = pool.input_scale * pool.directions
 
         _announce(bar, 3)
-
-        def damage(rows: Float[Tensor, "k d"], answers: int) -> Float[Tensor, " k"]:
-            return measure_damage(model, tokenizer, examples[:answers], rows, layer=source)
-
-        estimate = estimate_lengths(partial(damage, answers=_FEW_ANSWERS), at_R, settings.max_damage)
+        roughly = partial(measure_damage, model, tokenizer, examples[:_FEW_ANSWERS], layer=source)
+        estimate = estimate_lengths(roughly, at_R, settings.max_damage)
         vectors = torch.tensor(estimate)[:, None] * at_R
         halving = halve(
             reader, ranking, vectors, controls=pool.controls, most=_SURVIVORS, least=_FINALISTS, max_new_tokens=tokens
@@ -168,12 +154,9 @@ def search_vectors(
 
         _announce(bar, 4)
         survivors = [*halving.rows, *halving.controls]
-        limits = longest_within(
-            partial(damage, answers=_ANSWERS),
-            at_R[survivors],
-            settings.max_damage,
-            start=[estimate[row] for row in survivors],
-        )
+        measure = partial(measure_damage, model, tokenizer, examples[:_ANSWERS], layer=source)
+        start = [estimate[row] for row in survivors]
+        limits = longest_within(measure, at_R[survivors], settings.max_damage, start=start)
         multiples = {row: limit for row, limit in zip(survivors, limits, strict=True) if limit}
         for row, multiple in multiples.items():
             vectors[row] = multiple * at_R[row]
@@ -214,10 +197,6 @@ def search_vectors(
     return FoundVectors(
         source,
         pool.input_scale,
-        max(
-            (score for source, score in zip(table["source"], table["held_out"], strict=True) if source == RANDOM),
-            default=math.nan,
-        ),
         candidates,
         vectors,
         _truncated(reading.unsteered, settings),

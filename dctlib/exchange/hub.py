@@ -48,8 +48,6 @@ Steering vectors change what a model says, and may undo its safety training. The
 not included, only their SHA-256. `sha256sum --check SHA256SUMS` tells whether the files are whole.
 """
 
-Measurement = Annotated[float, Field(allow_inf_nan=False)] | None
-
 
 class VectorFacts(BaseModel):
     """What is known of one vector, from a row of the table of :class:`dctlib.discovery.found.FoundVectors`."""
@@ -59,9 +57,9 @@ class VectorFacts(BaseModel):
     source: str
     """The method that found it."""
     length: Annotated[float, Field(gt=0)]
-    damage: Measurement = None
-    score: Measurement = None
-    held_out: Measurement = None
+    damage: float | None = None
+    score: float | None = None
+    held_out: float | None = None
     says: str = ""
     """The beginning of a completion under it."""
 
@@ -157,7 +155,6 @@ def save_folder(
         If a vector is zero or not finite, there is not one row for each, a name has other characters
         than letters, digits and ``_ . / -``, or `folder` holds something else.
     """
-    check_replaceable(folder)
     vectors = vectors.detach().cpu().contiguous()
     if vectors.ndim != 2 or len(vectors) != len(rows):
         raise ValueError(f"got vectors {tuple(vectors.shape)} and {len(rows)} rows, expected (k, d) and k rows")

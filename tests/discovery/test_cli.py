@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from typer.testing import CliRunner
 from dctlib import format_chat
 from dctlib._io import ROOT
 from dctlib.cli import app, main
-from dctlib.discovery.options import DiscoverOptions, chat_options
+from dctlib.discovery.options import DiscoverOptions, chat_options, choose_slice
 from dctlib.exchange.hub import load_folder
 
 ABSENT = ["dvc", "papermill", "seaborn", "peft", "math_verify", "pypandoc", "typst", "ray", "nbformat", "nbconvert"]
@@ -158,9 +157,8 @@ def test_a_system_message_and_conversations_reach_every_step(arguments, tmp_path
     ("depth", "expected"), [(1, (0, 1)), (4, (1, 2)), (24, (8, 16)), (28, (9, 18)), (30, (10, 20))]
 )
 def test_a_slice_that_is_left_out_is_the_middle_third(depth, expected):
-    given: dict[str, Any] = {"model": "m", "prompts": "harmful"}
-    assert DiscoverOptions(**given).slice_of(depth) == expected
-    assert DiscoverOptions(**given, source=2, target=5).slice_of(depth) == (2, 5)
+    assert choose_slice(depth, None, None) == expected
+    assert choose_slice(depth, 2, 5) == (2, 5)
 
 
 def test_template_arguments_are_values_of_the_template():

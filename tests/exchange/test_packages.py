@@ -18,7 +18,9 @@ import torch
 from tiny import BLOCKS, FAMILIES, tiny_model, unit_rows
 
 from dctlib import steer
+from dctlib.exchange.export import export_vector
 from dctlib.exchange.gguf import read_control_vector, write_control_vector
+from dctlib.exchange.hub import save_folder
 from dctlib.exchange.packages import _repeng, from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
 
 sys.path.append(str(Path(__file__).parents[2] / "build" / "peers"))
@@ -194,3 +196,13 @@ def test_a_package_that_is_not_installed_is_named(write, monkeypatch):
     with pytest.raises(ValueError, match="is not installed; pip install --no-deps"):
         write({1: torch.ones(3)})
     assert not hasattr(np, "float_")
+
+
+@pytest.mark.parametrize("layer", [1, 2])  # a GGUF file for llama.cpp starts at 2
+def test_repeng_reads_a_vector_that_was_exported_for_it(repeng, tmp_path, layer):
+    vector = VECTORS[layer]
+    facts = {"layer": layer, "model": "m", "revision": None, "architecture": "qwen2"}
+    save_folder(tmp_path / "shared", vector[None], [{"source": "mine"}], **facts, texts=["a"])
+    export_vector(tmp_path / "shared", 0, "repeng", tmp_path / "theirs.gguf")
+    (found,) = from_repeng(repeng.ControlVector.import_gguf(tmp_path / "theirs.gguf")).items()
+    assert found[0] == layer and torch.equal(torch.as_tensor(found[1]), vector)
