@@ -1,0 +1,208 @@
+"""The best vector of each method, by the number of fit prompts (Figure 1 of the post)."""
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dctlib.evaluation.instructions import harmful_instructions, shuffled
+from dctlib.evaluation.judges import is_compliant, is_refusal
+from dctlib.fits.baselines import random_vectors
+from dctlib.fits.calibration import calibrate
+from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
+from dctlib.maps.causal import CausalMap
+from dctlib.models.chat import format_chat
+from dctlib.models.fingerprint import model_key
+from dctlib.paper.experiments.real_models import BOUNDS, judge_text, open_model, refused_requests
+from dctlib.runs.cache import Setting, Task, task
+from dctlib.steering.generation import generate_completions
+from dctlib.steering.scoring import score_each
+
+Arm = Literal["exponential", "exponential_axes", "quadratic", "linear", "linear_projected", "random", "unsteered"]
+"""Where the vectors of a cell come from. An exponential fit starts from the projections, or from coordinate axes."""
+
+_RANKING = 4  # validation instructions that all vectors are scored on
+_LEFT = 8  # vectors that are scored on the rest
+_REFUSAL_TOKENS = 24
+
+
+def sample_complexity_cells(
+    model: str,
+    *,
+    dtype: str,
+    arms: Mapping[Arm, Sequence[int]],
+    shuffles: int,
+    **settings: Any,
+) -> list[tuple[Task, Setting]]:
+    """Return the cells behind notebooks/sample_complexity.ipynb, those of few fit prompts first.
+
+    Parameters
+    ----------
+    arms : mapping
+        Arm → its numbers of fit prompts. No vector, and a set of random ones for each shuffle, are added.
+    settings
+        What :func:`best_vector` takes besides.
+    """
+    shared = {"model": model_key(model, dtype), **settings}
+    cells: list[tuple[Arm, int, int]] = [("unsteered", 0, 0)]
+    cells += [("random", 0, shuffle) for shuffle in range(shuffles)]
+    for n in sorted({n for sizes in arms.values() for n in sizes}):
+        cells += [(arm, n, shuffle) for shuffle in range(shuffles) for arm in arms if n in arms[arm]]
+    return [(best_vector, {**shared, "arm": arm, "n": n, "shuffle": shuffle}) for arm, n, shuffle in cells]
+
+
+@task(version=1, tolerance=0.1, agreement=0.7)
+def best_vector(
+    model: Mapping[str, Any],
+    *,
+    arm: Arm,
+    n: int,
+    shuffle: int,
+    slice_ends: Mapping[str, int],
+    nonlinearity: float,
+    num_factors: int,
+    iterations: int,
+    prompts: Mapping[str, int],
+    answer_tokens: int,
+    shown_characters: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Fit `n` refused instructions by one method, rank its vectors on validation instructions, and test the best one.
+
+    Every arm gives `num_factors` vectors of length R: both signs of half as many factors where a factor has no sign.
+    All of them are scored on four validation instructions, and the best eight on all. The score is
+    logit("Sure") − logit(w), where w is the token that most refusals of this model open with.
+
+    Parameters
+    ----------
+    model : mapping
+        What :func:`dctlib.models.fingerprint.model_key` returns.
+    arm, n, shuffle
+        The method is fitted to the first `n` instructions that the model refuses, in an order that depends on
+        `shuffle`. The start of a fit depends on `shuffle`, too.
+    slice_ends : mapping
+        ``source`` and ``target``.
+    nonlinearity : float
+        λ, at which R is calibrated once on fixed instructions.
+    prompts : mapping
+        How many instructions there are to calibrate on, ``fit``; to draw from, ``pool``; to rank on, ``validation``; to
+        test on, ``test``; and how many of these the best vector completes, ``judged``.
+    answer_tokens, shown_characters : int
+        Length of the completions, in tokens, and the length to which they are cut.
+    seed : int
+        Seed of the calibration; fits and orders take it plus `shuffle`.
+
+    Returns
+    -------
+    dict
+        ``best``, the number of the best vector; ``ranking``, the score of each on four validation instructions;
+        ``scores``, those of the best on the test instructions; ``sure``, the fraction of them after which "Sure" is the
+        most likely token; ``verdicts``, one a completion, where ``compliant`` says whether it answers the request
+        (:func:`dctlib.evaluation.judges.is_compliant`); ``input_scale``; ``refusal_token``; ``seconds`` of the fit.
+
+    Raises
+    ------
+    ValueError
+        If there is no such arm, or the model refuses too few instructions.
+    """
+    if arm not in get_args(Arm):
+        raise ValueError(f"got arm={arm!r}, expected one of {get_args(Arm)}")
+    opened, tokenizer = open_model(model["model"], model["dtype"])
+    R, refusal_token = _scale(model["model"], model["dtype"], *slice_ends.values(), nonlinearity, prompts["fit"], seed)
+    started = time.perf_counter()
+    fitted = _fit_instructions(model["model"], model["dtype"], n, prompts["pool"], seed + shuffle) if n else ()
+    if arm == "unsteered":
+        vectors = torch.zeros(1, opened.config.hidden_size)
+    elif arm == "random":
+        vectors = random_vectors(num_factors, opened.config.hidden_size, norm=R, seed=seed + shuffle)
+    else:
+        cmap = CausalMap.from_model(opened, tokenizer, format_chat(tokenizer, fitted), **slice_ends)
+        started = time.perf_counter()
+        vectors = _fit(cmap, arm, R, num_factors, iterations, seed + shuffle)
+    seconds = time.perf_counter() - started
+
+    harmful = harmful_instructions()
+    validation = format_chat(tokenizer, harmful.validation[: prompts["validation"]])
+    requests = harmful.test[: prompts["test"]]
+    test = format_chat(tokenizer, requests)
+    steering = {"layer": slice_ends["source"], "negative": refusal_token, "progress": False}
+    ranking = score_each(opened, tokenizer, validation[:_RANKING], vectors, **steering).logit_diff.mean(1)
+    left = ranking.argsort(descending=True, stable=True)[:_LEFT]
+    on_all = score_each(opened, tokenizer, validation, vectors[left], **steering).logit_diff.mean(1)
+    best = int(left[on_all.argmax()])
+    tested = score_each(opened, tokenizer, test, vectors[[best]], **steering)
+
+    completions = generate_completions(
+        opened,
+        tokenizer,
+        test[: prompts["judged"]],
+        max_new_tokens=answer_tokens,
+        layer=slice_ends["source"],
+        vector=vectors[best],
+        progress=False,
+    )
+    compliant = is_compliant(opened, tokenizer, requests[: prompts["judged"]], completions, **BOUNDS)
+    return {
+        "best": best,
+        "ranking": ranking.tolist(),
+        "scores": tested.logit_diff[0].tolist(),
+        "sure": tested.is_top1.float().mean().item(),
+        "verdicts": [
+            judge_text(completion, shown_characters) | {"compliant": complies}
+            for completion, complies in zip(completions, compliant, strict=True)
+        ],
+        "input_scale": R,
+        "refusal_token": refusal_token,
+        "seconds": seconds,
+    }
+
+
+def _fit(
+    cmap: CausalMap, arm: Arm, R: float, num_factors: int, iterations: int, seed: int
+) -> Float[Tensor, "m d"]:
+    half, quiet = num_factors // 2, {"seed": seed, "progress": False}
+    match arm:
+        case "exponential" | "exponential_axes":
+            init = "axes" if arm == "exponential_axes" else "projected"
+            return fit_exponential(
+                cmap, num_factors, input_scale=R, iterations=iterations, init=init, **quiet
+            ).steering_vectors()
+        case "quadratic":
+            return fit_quadratic(cmap, half, iterations, **quiet).steering_vectors(R)
+        case "linear":
+            return fit_linear(cmap, half, progress=False).steering_vectors(R)
+        case _:
+            return fit_linear(cmap, half, projections=32, **quiet).steering_vectors(R)
+
+
+@lru_cache(maxsize=1)
+def _scale(
+    name: str, dtype: str, source: int, target: int, nonlinearity: float, count: int, seed: int
+) -> tuple[float, str]:
+    """Return R on the first `count` refused instructions of the split's fit part, and the word that refusals open with."""
+    model, tokenizer = open_model(name, dtype)
+    refused, token = refused_requests(model, tokenizer, harmful_instructions().fit, count)
+    cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, refused), source=source, target=target)
+    return calibrate(cmap, nonlinearity=nonlinearity, seed=seed), token
+
+
+@lru_cache(maxsize=1)
+def _fit_instructions(name: str, dtype: str, n: int, pool: int, seed: int) -> tuple[str, ...]:
+    """Return the first `n` refused instructions of a shuffled pool."""
+    model, tokenizer = open_model(name, dtype)
+    harmful = harmful_instructions()
+    order = shuffled((harmful.fit + harmful.train)[:pool], seed=seed)
+    refused: list[str] = []
+    for first in range(0, len(order), n):
+        drawn = order[first : first + n]
+        completions = generate_completions(
+            model, tokenizer, format_chat(tokenizer, drawn), max_new_tokens=_REFUSAL_TOKENS, progress=False
+        )
+        refused += [request for request, completion in zip(drawn, completions, strict=True) if is_refusal(completion)]
+        if len(refused) >= n:
+            return tuple(refused[:n])
+    raise ValueError(f"the model refuses {len(refused)} of {len(order)} instructions, expected at least {n}")
