@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dctlib._io import ROOT
 from dctlib.paper.experiments.real_models import real_models_cells
+from dctlib.paper.experiments.sample_complexity import sample_complexity_cells
 from dctlib.paper.params import load_profile
 from dctlib.runs.cache import Setting, Task
 from dctlib.runs.records import mismatches, read_record, record_cell, record_path
@@ -19,7 +20,10 @@ from dctlib.runs.records import mismatches, read_record, record_cell, record_pat
 Cells = Sequence[tuple[Task, Setting]]
 
 
-STAGES: dict[str, Callable[..., Cells]] = {"real_models": real_models_cells}
+STAGES: dict[str, Callable[..., Cells]] = {
+    "real_models": real_models_cells,
+    "sample_complexity": sample_complexity_cells,
+}
 """Stages in the order of work: name of a notebook → function from its parameters to cells."""
 
 MOST_FAILURES = 3

@@ -15,6 +15,7 @@ from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
 from dctlib.maps.causal import CausalMap
+from dctlib.models.blocks import residual_width
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import model_key
 from dctlib.paper.experiments.real_models import BOUNDS, judge_text, open_model, refused_requests
@@ -28,30 +29,36 @@ Arm = Literal["exponential", "exponential_axes", "quadratic", "linear", "linear_
 _RANKING = 4  # validation instructions that all vectors are scored on
 _LEFT = 8  # vectors that are scored on the rest
 _REFUSAL_TOKENS = 24
+_PROMPTS = {"fit": "fit_prompts", "pool": "pool", "validation": "validation", "test": "test", "judged": "judged"}
 
 
 def sample_complexity_cells(
     model: str,
     *,
     dtype: str,
+    source: int,
+    target: int,
     arms: Mapping[Arm, Sequence[int]],
     shuffles: int,
     **settings: Any,
 ) -> list[tuple[Task, Setting]]:
-    """Return the cells behind notebooks/sample_complexity.ipynb, those of few fit prompts first.
+    """Return the cells behind notebooks/sample_complexity.ipynb, one shuffle after another.
 
     Parameters
     ----------
     arms : mapping
         Arm → its numbers of fit prompts. No vector, and a set of random ones for each shuffle, are added.
     settings
-        What :func:`best_vector` takes besides.
+        What :func:`best_vector` takes besides, its ``prompts`` as ``fit_prompts``, ``pool``, ``validation``, ``test``
+        and ``judged``.
     """
-    shared = {"model": model_key(model, dtype), **settings}
+    prompts = {part: settings.pop(name) for part, name in _PROMPTS.items()}
+    slice_ends = {"source": source, "target": target}
+    shared = {"model": model_key(model, dtype), "slice_ends": slice_ends, "prompts": prompts, **settings}
     cells: list[tuple[Arm, int, int]] = [("unsteered", 0, 0)]
-    cells += [("random", 0, shuffle) for shuffle in range(shuffles)]
-    for n in sorted({n for sizes in arms.values() for n in sizes}):
-        cells += [(arm, n, shuffle) for shuffle in range(shuffles) for arm in arms if n in arms[arm]]
+    for shuffle in range(shuffles):
+        cells.append(("random", 0, shuffle))
+        cells += [(arm, n, shuffle) for arm, sizes in arms.items() for n in sizes]
     return [(best_vector, {**shared, "arm": arm, "n": n, "shuffle": shuffle}) for arm, n, shuffle in cells]
 
 
@@ -62,7 +69,7 @@ def best_vector(
     arm: Arm,
     n: int,
     shuffle: int,
-    slice_ends: Mapping[str, int],
+    slice_ends: Mapping[str, Any],
     nonlinearity: float,
     num_factors: int,
     iterations: int,
@@ -113,12 +120,13 @@ def best_vector(
         raise ValueError(f"got arm={arm!r}, expected one of {get_args(Arm)}")
     opened, tokenizer = open_model(model["model"], model["dtype"])
     R, refusal_token = _scale(model["model"], model["dtype"], *slice_ends.values(), nonlinearity, prompts["fit"], seed)
+    width = residual_width(opened)
     started = time.perf_counter()
     fitted = _fit_instructions(model["model"], model["dtype"], n, prompts["pool"], seed + shuffle) if n else ()
     if arm == "unsteered":
-        vectors = torch.zeros(1, opened.config.hidden_size)
+        vectors = torch.zeros(1, width)
     elif arm == "random":
-        vectors = random_vectors(num_factors, opened.config.hidden_size, norm=R, seed=seed + shuffle)
+        vectors = random_vectors(num_factors, width, norm=R, seed=seed + shuffle)
     else:
         cmap = CausalMap.from_model(opened, tokenizer, format_chat(tokenizer, fitted), **slice_ends)
         started = time.perf_counter()
@@ -129,7 +137,7 @@ def best_vector(
     validation = format_chat(tokenizer, harmful.validation[: prompts["validation"]])
     requests = harmful.test[: prompts["test"]]
     test = format_chat(tokenizer, requests)
-    steering = {"layer": slice_ends["source"], "negative": refusal_token, "progress": False}
+    steering: dict[str, Any] = {"layer": slice_ends["source"], "negative": refusal_token, "progress": False}
     ranking = score_each(opened, tokenizer, validation[:_RANKING], vectors, **steering).logit_diff.mean(1)
     left = ranking.argsort(descending=True, stable=True)[:_LEFT]
     on_all = score_each(opened, tokenizer, validation, vectors[left], **steering).logit_diff.mean(1)
@@ -161,10 +169,9 @@ def best_vector(
     }
 
 
-def _fit(
-    cmap: CausalMap, arm: Arm, R: float, num_factors: int, iterations: int, seed: int
-) -> Float[Tensor, "m d"]:
-    half, quiet = num_factors // 2, {"seed": seed, "progress": False}
+def _fit(cmap: CausalMap, arm: Arm, R: float, num_factors: int, iterations: int, seed: int) -> Float[Tensor, "m d"]:
+    half = num_factors // 2
+    quiet: dict[str, Any] = {"seed": seed, "progress": False}
     match arm:
         case "exponential" | "exponential_axes":
             init = "axes" if arm == "exponential_axes" else "projected"
@@ -183,7 +190,7 @@ def _fit(
 def _scale(
     name: str, dtype: str, source: int, target: int, nonlinearity: float, count: int, seed: int
 ) -> tuple[float, str]:
-    """Return R on the first `count` refused instructions of the split's fit part, and the word that refusals open with."""
+    """Return R on the first `count` refused instructions, and the word that most refusals open with."""
     model, tokenizer = open_model(name, dtype)
     refused, token = refused_requests(model, tokenizer, harmful_instructions().fit, count)
     cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, refused), source=source, target=target)
