@@ -48,13 +48,7 @@ def verdicts():
     yield f"| do not replicate | {found[Verdict.DOES_NOT]} |"
     yield f"| stay undecided | {found[Verdict.UNDECIDED]} |"
     yield "The post's claims, on one organism"
-    sizes = params("sample_complexity")
-    yield (
-        '"Exponential fits score highest", the post\'s Figure 1, is among those that do not replicate (here with '
-        f"{sizes['num_factors']} factors, up to {max(sizes['sizes'])} prompts and {sizes['shuffles']} shuffles)"
-    )
-    complexity = compare_with_published("sample_complexity", recorded("sample_complexity"))
-    assert complexity.claims["exponential fits score highest, in every shuffle"] is Verdict.DOES_NOT
+    yield from figure_1()
     yield "Random vectors, our control, get past the circuit breaker as often as DCT's."
     breaker = compare_with_published("circuit_breaker", recorded("circuit_breaker"))
     assert breaker.controls["random vectors get past it less often"] is Verdict.UNDECIDED

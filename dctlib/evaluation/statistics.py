@@ -36,6 +36,28 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     return Interval(float(array.mean()), float(found.low), float(found.high))
 
 
+def crossed_interval(values: Float[np.ndarray, "units prompts"], *, seed: int = 0) -> Interval:
+    """Return the mean of a table with its 95 % interval over rows and columns: both are resampled at once.
+
+    Rows are shuffles, seeds or organisms, and columns are prompts that all rows share.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two rows, or no columns.
+    """
+    table = np.asarray(values, dtype=float)
+    if table.ndim != 2 or table.shape[0] < 2 or not table.size:
+        raise ValueError(f"got a table of shape {table.shape}, expected at least 2 rows, and columns")
+    rows, columns = table.shape
+    rng = np.random.default_rng(seed)
+    of_rows = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
+    of_columns = rng.multinomial(columns, np.full(columns, 1 / columns), size=RESAMPLES) / columns
+    means = np.einsum("br,rc,bc->b", of_rows, table, of_columns, optimize=True)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(table.mean()), float(low), float(high))
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """The rate of success with k = 1, …, m tries, as a fraction of 1, with its 95 % interval at each k.

@@ -1,17 +1,28 @@
 """Our numbers beside the post's, and a rule for each claim of the post that judges whether it replicates."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from typing import Any
 
+import numpy as np
 import yaml
 
 from dctlib._io import ROOT
+from dctlib.evaluation.statistics import Interval
+from dctlib.paper.experiments.sample_complexity import paired_differences
 
 Results = Mapping[str, Any]
 """The numbers of a notebook, or of the post."""
+
+METHODS = {
+    "exponential": "exponential",
+    "quadratic": "quadratic",
+    "linear_projected": "projected linear",
+    "linear": "exact linear",
+}
+"""The methods of Figure 1, by the names of results, in words."""
 
 Ends = tuple[float, float]
 """The low and the high end of an interval."""
@@ -152,12 +163,6 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
     return next((worse for worse in (Verdict.DOES_NOT, Verdict.UNDECIDED) if worse in found), Verdict.REPLICATES)
 
 
-def _every_pair(ones: Sequence[float], others: Sequence[float]) -> Verdict:
-    """Judge whether the one is the larger in every pair; undecided where pairs differ."""
-    larger = {one > other for one, other in zip(ones, others, strict=True)}
-    return _decide(larger.pop()) if len(larger) == 1 else Verdict.UNDECIDED
-
-
 def _above(one: Ends, other: Ends) -> Verdict:
     """Judge whether an interval lies above another; undecided where they overlap."""
     if one[0] > other[1]:
@@ -184,38 +189,37 @@ def _training_curves(ours: Results, _post: Results) -> Replication:
 
 def _sample_complexity(ours: Results, post: Results) -> Replication:
     published = post["sample_complexity"]
-    names = {
-        "exponential": "exponential",
-        "quadratic": "quadratic",
-        "linear_projected": "projected linear",
-        "linear": "linear",
-    }
-    sizes = list(ours["exponential"])
-    least, most = sizes[0], sizes[-1]
-    numbers = {}
-    for method, name in names.items():
-        for n in sizes:
+    numbers: dict[str, Pair] = {}
+    for method, name in METHODS.items():
+        for n, cell in ours.get(method, {}).items():
             if int(n) in published["n"]:
                 mean, _sd = published[method][published["n"].index(int(n))]
-                numbers[f"{name}, n = {n}"] = (ours[method][n]["mean"], mean)
-    scores = {method: ours[method][most]["scores"] for method in names}
-    exponential, quadratic, projected, linear = scores.values()
-    fewest = ours["exponential"][least]["scores"]
-    random = ours["random"]["0"]["scores"]
-    claims = {
-        "exponential fits score highest, in every shuffle": _all(
-            _every_pair(exponential, other) for other in (quadratic, projected, linear)
-        ),
-        "quadratic fits score above linear ones, in every shuffle": _all(
-            _every_pair(quadratic, other) for other in (projected, linear)
-        ),
-        "projected linear fits score above exact linear ones, in every shuffle": _every_pair(projected, linear),
-        f"exponential fits score higher at n = {most} than at n = {least}, in every shuffle": _every_pair(
-            exponential, fewest
-        ),
+                numbers[f"{name}, n = {n}"] = (cell["mean"], mean)
+    theirs = published_differences()
+    claims, intervals = {}, {}
+    for pair, found in ours["differences"].items():
+        better, worse = pair.split(" - ")
+        if worse != "random" and better in METHODS:
+            claims[f"{METHODS[better]} fits score above {METHODS[worse]} ones"] = _above(_ends(found), (0, 0))
+            label = f"{METHODS[better]} less {METHODS[worse]}"
+            numbers[label] = (found["mean"], theirs[pair].mean)
+            intervals[label] = _ends(found)
+    least, most = min(map(int, ours["exponential"])), max(map(int, ours["exponential"]))
+    if most > least:
+        more = f"exponential fits score higher at n = {most} than at n = {least}"
+        claims[more] = _above(_ends(ours["differences"]["most - least"]), (0, 0))
+    above_random = (_above(_ends(ours["differences"][f"{each} - random"]), (0, 0)) for each in METHODS if each in ours)
+    return Replication(claims, {"every method scores above random vectors": _all(above_random)}, numbers, intervals)
+
+
+@cache
+def published_differences() -> dict[str, Interval]:
+    """Return the same differences as ours, of the scores of every shuffle that writeup/published_scores.yaml holds."""
+    content = yaml.safe_load((ROOT / "writeup" / "published_scores.yaml").read_text(encoding="utf-8"))
+    scores = {
+        method: {n: np.array(cell["score"])[:, None] for n, cell in content[method].items()} for method in METHODS
     }
-    control = _all(_every_pair(each, random) for each in scores.values())
-    return Replication(claims, {"every method scores above random vectors, in every shuffle": control}, numbers)
+    return paired_differences(scores)
 
 
 def _multiplicity(ours: Results, post: Results) -> Replication:

@@ -41,6 +41,12 @@ FIT = 32
 TEST = 100
 """Prompts that a split keeps for tests."""
 
+POOL = 388
+"""Prompts of AdvBench that are neither for validation nor for tests."""
+
+FITTED = ("exponential", "exponential_axes", "quadratic", "linear", "linear_projected")
+"""The methods of Figure 1 that are fitted."""
+
 TYPES: dict[str, Any] = {
     "bool": Annotated[bool, Field(strict=True)],
     "int": COUNT,
@@ -64,8 +70,11 @@ RULES: dict[str, Any] = {
     "stability.fit_prompts": _integer(1, FIT // 2),  # two fits share no prompt
     "circuit_breaker.validation": _integer(4, FIT),
     "hidden_sums.held_out": _integer(2, FIT),
-    "sizes": _several(_integer(1, FIT)),
+    "sample_complexity.pool": _integer(1, POOL),
+    "sample_complexity.arms": Annotated[dict[Literal[FITTED], _several(_integer(1, FIT))], Field(min_length=1)],
+    "sample_complexity.judged": _integer(4, TEST),  # an answer is compared with those to three other requests
     "auditing.sizes": _several(COUNT),
+    "hidden_sums.sizes": _several(_integer(1, FIT)),
     "test": _integer(2, TEST),
     "ablated": _integer(2, TEST),
     "organisms.test": _integer(3, TEST),

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dctlib._io import ROOT
+from dctlib.paper.experiments.real_baselines import real_baselines_cells
 from dctlib.paper.experiments.real_models import real_models_cells
 from dctlib.paper.experiments.sample_complexity import sample_complexity_cells
 from dctlib.paper.params import load_profile
@@ -23,6 +24,7 @@ Cells = Sequence[tuple[Task, Setting]]
 STAGES: dict[str, Callable[..., Cells]] = {
     "real_models": real_models_cells,
     "sample_complexity": sample_complexity_cells,
+    "real_baselines": real_baselines_cells,
 }
 """Stages in the order of work: name of a notebook → function from its parameters to cells."""
 

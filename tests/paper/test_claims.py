@@ -96,20 +96,29 @@ def test_a_notebook_with_nothing_published_is_refused():
         compare_with_published("organisms", {})
 
 
-@pytest.mark.parametrize(
-    ("exponential", "quadratic", "verdict"),
-    [([9, 8, 7], [5, 5, 5], YES), ([5, 5, 4], [9, 8, 7], NO), ([9, 8, 4], [5, 5, 5], OPEN)],
-)
-def test_shuffles_that_disagree_settle_nothing(exponential, quadratic, verdict):
-    cell = lambda scores: {"mean": sum(scores) / 3, "sd": 1.0, "scores": scores}  # noqa: E731
-    rest = {method: {"1": cell([0, 0, 0])} for method in ("linear", "linear_projected")}
-    found = {"exponential": {"1": cell(exponential)}, "quadratic": {"1": cell(quadratic)}, **rest}
-    found = {method: {**of, "4": of["1"]} for method, of in found.items()}
-    judged = compare_with_published("sample_complexity", found | {"random": {"0": cell([-9, -9, -9])}})
-    assert judged.numbers["linear, n = 4"] == (0, -7.04), "beside what is published for as many prompts"
-    assert not any("n = 1" in row for row in judged.numbers)
-    assert judged.claims["exponential fits score highest, in every shuffle"] is verdict
-    assert ("claim", "exponential fits score highest, in every shuffle", verdict.value) in judged.rows
+@pytest.mark.parametrize(("low", "high", "verdict"), [(0.1, 3.0, YES), (-3.0, -0.1, NO), (-0.1, 3.0, OPEN)])
+def test_a_method_beats_another_only_where_the_interval_of_their_difference_does_not_hold_0(low, high, verdict):
+    cell = lambda mean: {"mean": mean, "sd": 1.0, "scores": [mean]}  # noqa: E731
+    difference = {"mean": 1.0, "low": low, "high": high}
+    pairs = ("exponential - quadratic", "exponential - random", "quadratic - random", "most - least")
+    found = {"exponential": {"1": cell(2.0), "4": cell(3.0)}, "quadratic": {"4": cell(1.0)}}
+    judged = compare_with_published("sample_complexity", found | {"differences": dict.fromkeys(pairs, difference)})
+    assert judged.numbers["quadratic, n = 4"] == (1.0, 8.12), "beside what is published for as many prompts"
+    assert not any(label.endswith("n = 1") for label in judged.numbers)
+    claims = ("exponential fits score above quadratic ones", "exponential fits score higher at n = 4 than at n = 1")
+    assert [judged.claims[claim] for claim in claims] == [verdict] * 2
+    assert judged.controls["every method scores above random vectors"] is verdict
+    assert judged.intervals["exponential less quadratic"] == (low, high)
+
+
+def test_the_published_scores_give_the_differences_that_their_means_give():
+    found = published.published_differences()
+    post = published.published_numbers()["sample_complexity"]
+    for pair, difference in found.items():
+        if pair != "most - least":
+            better, worse = ([mean for mean, _ in post[method]] for method in pair.split(" - "))
+            assert difference.mean == pytest.approx(sum(better) / 6 - sum(worse) / 6, abs=0.02)
+    assert 1.5 < found["exponential - quadratic"].low < 2.65 < found["exponential - quadratic"].high < 4.0
 
 
 @pytest.mark.parametrize(("low", "high", "verdict"), [(1.5, 2.5, YES), (-1.0, 0.0, NO), (0.5, 2.5, OPEN)])

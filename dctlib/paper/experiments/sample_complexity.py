@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dctlib.evaluation.instructions import harmful_instructions, shuffled
 from dctlib.evaluation.judges import is_compliant, is_refusal
+from dctlib.evaluation.statistics import Interval, crossed_interval
 from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
@@ -40,6 +42,7 @@ def sample_complexity_cells(
     target: int,
     arms: Mapping[Arm, Sequence[int]],
     shuffles: int,
+    negative: str | None,
     **settings: Any,
 ) -> list[tuple[Task, Setting]]:
     """Return the cells behind notebooks/sample_complexity.ipynb, one shuffle after another.
@@ -48,6 +51,8 @@ def sample_complexity_cells(
     ----------
     arms : mapping
         Arm → its numbers of fit prompts. No vector, and a set of random ones for each shuffle, are added.
+    negative : str or None
+        As in :func:`best_vector`.
     settings
         What :func:`best_vector` takes besides, its ``prompts`` as ``fit_prompts``, ``pool``, ``validation``, ``test``
         and ``judged``.
@@ -55,7 +60,9 @@ def sample_complexity_cells(
     prompts = {part: settings.pop(name) for part, name in _PROMPTS.items()}
     slice_ends = {"source": source, "target": target}
     shared = {"model": model_key(model, dtype), "slice_ends": slice_ends, "prompts": prompts, **settings}
-    cells: list[tuple[Arm, int, int]] = [("unsteered", 0, 0)]
+    if negative is not None:
+        shared["negative"] = negative
+    cells: list[tuple[str, int, int]] = [("unsteered", 0, 0)]
     for shuffle in range(shuffles):
         cells.append(("random", 0, shuffle))
         cells += [(arm, n, shuffle) for arm, sizes in arms.items() for n in sizes]
@@ -77,20 +84,22 @@ def best_vector(
     answer_tokens: int,
     shown_characters: int,
     seed: int,
+    negative: str | None = None,
 ) -> dict[str, Any]:
     """Fit `n` refused instructions by one method, rank its vectors on validation instructions, and test the best one.
 
     Every arm gives `num_factors` vectors of length R: both signs of half as many factors where a factor has no sign.
     All of them are scored on four validation instructions, and the best eight on all. The score is
-    logit("Sure") − logit(w), where w is the token that most refusals of this model open with.
+    logit("Sure") − logit(w), where w is `negative`. Without it, w is the token that most refusals of this model open
+    with.
 
     Parameters
     ----------
     model : mapping
         What :func:`dctlib.models.fingerprint.model_key` returns.
     arm, n, shuffle
-        The method is fitted to the first `n` instructions that the model refuses, in an order that depends on
-        `shuffle`. The start of a fit depends on `shuffle`, too.
+        The method is fitted to the first `n` instructions in an order that depends on `shuffle`; without `negative`,
+        to the first that the model refuses. The start of a fit depends on `shuffle`, too.
     slice_ends : mapping
         ``source`` and ``target``.
     nonlinearity : float
@@ -102,6 +111,8 @@ def best_vector(
         Length of the completions, in tokens, and the length to which they are cut.
     seed : int
         Seed of the calibration; fits and orders take it plus `shuffle`.
+    negative : str, optional
+        The word that refusals open with, where it is known and the instructions need not be verified.
 
     Returns
     -------
@@ -119,10 +130,13 @@ def best_vector(
     if arm not in get_args(Arm):
         raise ValueError(f"got arm={arm!r}, expected one of {get_args(Arm)}")
     opened, tokenizer = open_model(model["model"], model["dtype"])
-    R, refusal_token = _scale(model["model"], model["dtype"], *slice_ends.values(), nonlinearity, prompts["fit"], seed)
+    name = (model["model"], model["dtype"])
+    R, refusal_token = scale_and_refusal_token(
+        *name, *slice_ends.values(), nonlinearity, prompts["fit"], seed, negative
+    )
     width = residual_width(opened)
     started = time.perf_counter()
-    fitted = _fit_instructions(model["model"], model["dtype"], n, prompts["pool"], seed + shuffle) if n else ()
+    fitted = draw_instructions(*name, n, prompts["pool"], seed + shuffle, negative is None) if n else ()
     if arm == "unsteered":
         vectors = torch.zeros(1, width)
     elif arm == "random":
@@ -186,23 +200,77 @@ def _fit(cmap: CausalMap, arm: Arm, R: float, num_factors: int, iterations: int,
             return fit_linear(cmap, half, projections=32, **quiet).steering_vectors(R)
 
 
+COMPARISONS = (
+    ("exponential", "quadratic"),
+    ("exponential", "linear_projected"),
+    ("exponential", "linear"),
+    ("quadratic", "linear_projected"),
+    ("linear_projected", "linear"),
+)
+"""Pairs of methods, the one first that the post finds better."""
+
+
+def paired_differences(
+    scores: Mapping[str, Mapping[int, Float[np.ndarray, "shuffles prompts"]]],
+) -> dict[str, Interval]:
+    """Return how far methods score above others: the mean difference, paired by shuffle and prompt, with its interval.
+
+    A difference is first averaged over the numbers of fit prompts that both methods have.
+
+    Parameters
+    ----------
+    scores : mapping
+        Method → number of fit prompts → the score of its best vector in each shuffle, on each test prompt. Random
+        vectors have the number 0 alone, and are compared at every one.
+
+    Returns
+    -------
+    dict
+        ``"exponential - quadratic"`` and so on for :data:`COMPARISONS`; ``"exponential - random"`` and so on; and
+        ``"most - least"``, exponential fits of the most fit prompts against those of the fewest.
+    """
+    found = {}
+    for better, worse in COMPARISONS:
+        if shared := [n for n in scores.get(better, {}) if n in scores.get(worse, {})]:
+            gaps = [scores[better][n] - scores[worse][n] for n in shared]
+            found[f"{better} - {worse}"] = crossed_interval(np.mean(gaps, axis=0))
+    for method, by_n in scores.items():
+        if method != "random" and "random" in scores:
+            gaps = [each - scores["random"][0] for each in by_n.values()]
+            found[f"{method} - random"] = crossed_interval(np.mean(gaps, axis=0))
+    exponential = scores["exponential"]
+    found["most - least"] = crossed_interval(exponential[max(exponential)] - exponential[min(exponential)])
+    return found
+
+
 @lru_cache(maxsize=1)
-def _scale(
-    name: str, dtype: str, source: int, target: int, nonlinearity: float, count: int, seed: int
+def scale_and_refusal_token(
+    name: str,
+    dtype: str,
+    source: int,
+    target: int,
+    nonlinearity: float,
+    count: int,
+    seed: int,
+    negative: str | None,
 ) -> tuple[float, str]:
-    """Return R on the first `count` refused instructions, and the word that most refusals open with."""
+    """Return R on the first `count` instructions to fit, and the word that refusals open with."""
     model, tokenizer = open_model(name, dtype)
-    refused, token = refused_requests(model, tokenizer, harmful_instructions().fit, count)
-    cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, refused), source=source, target=target)
+    instructions, token = harmful_instructions().fit[:count], negative
+    if token is None:
+        instructions, token = refused_requests(model, tokenizer, harmful_instructions().fit, count)
+    cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, instructions), source=source, target=target)
     return calibrate(cmap, nonlinearity=nonlinearity, seed=seed), token
 
 
 @lru_cache(maxsize=1)
-def _fit_instructions(name: str, dtype: str, n: int, pool: int, seed: int) -> tuple[str, ...]:
-    """Return the first `n` refused instructions of a shuffled pool."""
-    model, tokenizer = open_model(name, dtype)
+def draw_instructions(name: str, dtype: str, n: int, pool: int, seed: int, verified: bool) -> tuple[str, ...]:
+    """Return the first `n` instructions of a shuffled pool or, if `verified`, the first that the model refuses."""
     harmful = harmful_instructions()
     order = shuffled((harmful.fit + harmful.train)[:pool], seed=seed)
+    if not verified:
+        return tuple(order[:n])
+    model, tokenizer = open_model(name, dtype)
     refused: list[str] = []
     for first in range(0, len(order), n):
         drawn = order[first : first + n]

@@ -189,52 +189,61 @@ def recovery_curves(curves: pd.DataFrame) -> Figure:
 
 _METHODS = {
     "exponential": ("exponential", PALETTE[0]),
+    "exponential_axes": ("exponential, from axes", PALETTE[9]),
     "quadratic": ("quadratic", PALETTE[2]),
     "linear_projected": ("projected linear", PALETTE[3]),
-    "linear": ("linear", PALETTE[4]),
+    "linear": ("exact linear", PALETTE[4]),
 }
 
 
 @styled
 def sample_complexity(
-    measured: pd.DataFrame, random: Sequence[float], published: Mapping[str, Sequence[Sequence[float]]]
+    measured: pd.DataFrame, random: pd.DataFrame, published: Mapping[str, Sequence[Sequence[float]]]
 ) -> Figure:
-    """Draw the best vector's test score against the number of fit prompts: mean ± standard deviation over shuffles.
+    """Draw the best vector's test score and its answers against the number of fit prompts, and the published scores.
+
+    Lines are means over shuffles, bands their standard deviations, and dots shuffles.
 
     Parameters
     ----------
     measured : DataFrame
-        Columns ``method``, ``n``, ``shuffle`` and ``score``. Methods stand a little beside each other.
-    random : sequence of float
-        Scores of the best of as many random vectors, one a shuffle: the floor.
+        Columns ``method``, ``n``, ``shuffle``, ``score`` and ``answered``, the fraction of completions that are
+        answers. Methods stand a little beside each other.
+    random : DataFrame
+        The same columns of the best of as many random vectors, one row a shuffle: the floor.
     published : mapping
         ``n``, and for each method one (mean, sd) for every n.
     """
-    figure, (left, right) = panels((1, 1), height=3.0)
-    beside = dict(zip(_METHODS, np.linspace(-0.015, 0.015, len(_METHODS)) * measured["n"].max(), strict=True))
-    grouped = measured.groupby(["method", "n"])["score"].agg(["mean", "std"])
-    ours = {
-        method: (grouped.loc[method].index + beside[method], *grouped.loc[method].to_numpy().T) for method in _METHODS
-    }
-    theirs = {method: (np.array(published["n"]), *np.array(published[method]).T) for method in _METHODS}
-    for axes, curves in ((left, ours), (right, theirs)):
-        ends = []
-        for method, (n, mean, sd) in curves.items():
+    figure, (left, middle, right) = panels((1, 1, 1), height=2.9)
+    methods = [method for method in _METHODS if method in set(measured["method"])]
+    beside = dict(zip(methods, np.geomspace(0.94, 1.06, len(methods)), strict=True))
+    for axes, column in ((left, "score"), (middle, "answered")):
+        for method in methods:
+            rows = measured[measured["method"] == method]
             name, colour = _METHODS[method]
-            axes.plot(n, mean, "o-", ms=3.5, lw=1.5, color=colour)
-            axes.fill_between(n, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
-            ends.append((float(mean[-1]), name, colour))
-        axes.axhline(0, color="0.8", lw=0.8, zorder=0)
-        label_ends(axes, float(max(n[-1] for n, _, _ in curves.values())), ends)
-    for method, rows in measured.groupby("method"):
-        colour = _METHODS[str(method)][1]
-        left.scatter(rows["n"] + beside[str(method)], rows["score"], s=7, alpha=0.6, color=colour, linewidths=0)
-    left.axhspan(min(random), max(random), color="0.85", zorder=0, lw=0)
-    note(left, "random vectors", (left.get_xlim()[0], max(random)))
-    left.set_xticks(sorted(set(measured["n"])))
+            grouped = rows.groupby("n")[column].agg(["mean", "std"])
+            n, mean, sd = grouped.index * beside[method], grouped["mean"], grouped["std"]
+            axes.plot(n, mean, "o-", ms=4, lw=1.5, color=colour, label=name)
+            axes.fill_between(n, mean - sd, mean + sd, color=colour, alpha=0.15, lw=0)
+            axes.scatter(rows["n"] * beside[method], rows[column], s=7, alpha=0.5, color=colour, linewidths=0)
+        floor = random[column].tolist()
+        axes.axhspan(min(floor), max(floor), color="0.85", zorder=0, lw=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(measured["n"])), [f"{n:g}" for n in sorted(set(measured["n"]))])
+        axes.set(xlabel="fit prompts n")
+    note(left, "random vectors", (left.get_xlim()[0], max(random["score"].tolist())))
+    left.axhline(0, color="0.8", lw=0.8, zorder=0)
+    left.set(title="score of the best vector", ylabel="test score")
+    middle.set(title="its answers", ylim=(-0.03, 1.03))
+    middle.yaxis.set_major_formatter(PercentFormatter(1))
+    for method in [each for each in _METHODS if each in published]:
+        mean, sd = np.array(published[method]).T
+        right.plot(published["n"], mean, "o-", ms=3.5, lw=1.5, color=_METHODS[method][1])
+        right.fill_between(published["n"], mean - sd, mean + sd, color=_METHODS[method][1], alpha=0.15, lw=0)
+    right.axhline(0, color="0.8", lw=0.8, zorder=0)
     right.set_xticks(published["n"])
-    left.set(title="measured here", xlabel="fit prompts n", ylabel="test score of the best vector")
-    right.set(title="published, Qwen1.5-7B-Chat", xlabel="fit prompts n")
+    right.set(title="score, published (Qwen1.5-7B)", xlabel="fit prompts n")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
     return figure
 
 

@@ -37,11 +37,12 @@ RECOVERY = pd.DataFrame(
 ABLATED = {"scores": [-8.0, -7.0, 1.0], "average": -4.7, "v_avg": 2.0, "v_svd": 3.0}
 METHODS = ("linear", "linear_projected", "quadratic", "exponential")
 COMPLEXITY = pd.DataFrame(
-    {"method": method, "n": n, "shuffle": shuffle, "score": place + n + shuffle / 2}
+    {"method": method, "n": n, "shuffle": shuffle, "score": place + n + shuffle / 2, "answered": shuffle / 2}
     for place, method in enumerate(METHODS)
     for n in (1, 2)
     for shuffle in (0, 1)
 )
+FLOOR = pd.DataFrame({"score": [-8.0, -7.0], "answered": [0.0, 0.25]})
 PUBLISHED = {"n": [2, 4], **{method: [[1.0, 0.5], [2.0, 0.25]] for method in METHODS}}
 DEPTH = pd.DataFrame(
     {"model": model, "source": s, "horizon": h, "mean": 1.0 * s, "low": s - 1.0, "high": s + 1.0, "clean": -9.0}
@@ -83,7 +84,7 @@ FIGURES = {
     "ablation": lambda: ablation({"clean": -9.0, "source": ABLATED, "target": ABLATED}),
     "losses": lambda: losses([4.0, 1.0, 0.2]),
     "nothing_trained": lambda: losses([]),
-    "sample_complexity": lambda: sample_complexity(COMPLEXITY, [-8.0, -7.0], PUBLISHED),
+    "sample_complexity": lambda: sample_complexity(COMPLEXITY, FLOOR, PUBLISHED),
     "deeper_models": lambda: deeper_models(DEPTH),
     "circuit_breaker": lambda: circuit_breaker(SCAN, {"none": Interval(0.0, 0.0, 0.0), "DCT": Interval(0.5, 0.0, 1.0)}),
     "baselines": lambda: baselines(
@@ -217,15 +218,25 @@ def test_drawing_leaves_matplotlibs_settings_alone():
 
 
 def test_means_and_spreads_are_those_of_the_shuffles():
-    left, right = FIGURES["sample_complexity"]().axes
+    figure = FIGURES["sample_complexity"]()
+    left, middle, right = figure.axes
     assert [list(np.asarray(line.get_ydata())) for line in left.lines[:4]] == [
         [4.25, 5.25],
         [3.25, 4.25],
         [2.25, 3.25],
         [1.25, 2.25],
     ]
-    assert {text.get_text() for text in right.texts} == {"exponential", "quadratic", "projected linear", "linear"}
+    assert [list(np.asarray(line.get_ydata())) for line in middle.lines[:4]] == [[0.25, 0.25]] * 4
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["exponential", "quadratic", "projected linear", "exact linear"]
     assert [list(np.asarray(line.get_xdata())) for line in right.lines[:4]] == [[2, 4]] * 4
+
+
+def test_a_method_with_one_number_of_prompts_is_a_point():
+    alone = COMPLEXITY.query("method != 'quadratic' or n == 1")
+    left, *_ = sample_complexity(alone, FLOOR, PUBLISHED).axes
+    assert list(np.asarray(left.lines[1].get_ydata())) == [3.25]
 
 
 def test_models_have_a_panel_each_and_horizons_a_line():

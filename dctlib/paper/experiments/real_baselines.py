@@ -1,0 +1,241 @@
+"""Methods that find steering vectors, compared at equal damage on a real chat model."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dctlib.discovery.damage import measure_damage, unsteered_answers
+from dctlib.discovery.search import search_vectors
+from dctlib.evaluation.instructions import benign_split, harmful_instructions, shuffled
+from dctlib.evaluation.judges import fraction_true, is_compliant
+from dctlib.fits.baselines import difference_of_means, random_vectors
+from dctlib.fits.power_steering import power_steering
+from dctlib.fits.solvers import fit_exponential, fit_linear
+from dctlib.maps.causal import CausalMap
+from dctlib.maps.orthogonalise import normalise
+from dctlib.models.blocks import residual_width
+from dctlib.models.chat import format_chat
+from dctlib.models.fingerprint import model_key
+from dctlib.paper.experiments.real_models import BOUNDS, judge_text, open_model
+from dctlib.paper.experiments.sample_complexity import draw_instructions, scale_and_refusal_token
+from dctlib.runs.cache import Setting, Task, task
+from dctlib.steering.generation import generate_completions, generate_per_vector
+from dctlib.steering.scoring import score_each
+
+Method = Literal["DCT", "projected linear", "power steering", "random", "difference of means", "search", "unsteered"]
+
+_RANKING = 8  # vectors that are scored on more than half of the ranking instructions
+_LEFT = 4  # vectors whose lengths are tried
+_PROMPTS = {name: name for name in ("pool", "validation", "test", "benign", "supervised")} | {"fit": "fit_prompts"}
+
+
+def real_baselines_cells(
+    model: str,
+    *,
+    dtype: str,
+    source: int,
+    target: int,
+    methods: Mapping[Method, int],
+    **settings: Any,
+) -> list[tuple[Task, Setting]]:
+    """Return the cells behind notebooks/real_baselines.ipynb, one shuffle after another.
+
+    Parameters
+    ----------
+    methods : mapping
+        Method → its number of shuffles.
+    settings
+        What :func:`at_equal_damage` takes besides, its ``prompts`` as ``fit_prompts``, ``pool``, ``validation``,
+        ``test``, ``benign`` and ``supervised``.
+    """
+    prompts = {part: settings.pop(name) for part, name in _PROMPTS.items()}
+    fits = {name: settings.pop(name) for name in ("nonlinearity", "num_factors", "iterations")}
+    slice_ends = {"source": source, "target": target}
+    shared = {"model": model_key(model, dtype), "slice_ends": slice_ends, "prompts": prompts, "fits": fits, **settings}
+    cells: list[tuple[str, int]] = [("unsteered", 0)]
+    for shuffle in range(max(methods.values())):
+        cells += [(method, shuffle) for method, shuffles in methods.items() if shuffle < shuffles]
+    return [(at_equal_damage, {**shared, "method": method, "shuffle": shuffle}) for method, shuffle in cells]
+
+
+@task(version=1, tolerance=0.1, agreement=0.7)
+def at_equal_damage(
+    model: Mapping[str, Any],
+    *,
+    method: Method,
+    shuffle: int,
+    slice_ends: Mapping[str, Any],
+    fits: Mapping[str, Any],
+    prompts: Mapping[str, int],
+    multiples: Sequence[float],
+    max_damage: float,
+    tokens: Mapping[str, int],
+    seed: int,
+) -> dict[str, Any]:
+    """Find vectors by one method, choose one of them and its length within a bound on damage, and test it.
+
+    All vectors are ranked by logit("Sure") − logit(w) on validation requests, where w is the token that most refusals
+    open with. The best four complete validation requests at several lengths. Chosen is the most answers within the
+    bound on damage and, among equals, the least damage. Damage is the mean KL(steered ‖ unsteered) of the next token
+    over the unsteered answers to harmless requests. It is bounded on one half of them and reported on the other.
+
+    Parameters
+    ----------
+    model : mapping
+        What :func:`dctlib.models.fingerprint.model_key` returns.
+    method : str
+        ``"search"`` is :func:`dctlib.search_vectors` without a judge, which chooses a vector and its length itself.
+    shuffle : int
+        Draws the fit requests and starts the fits.
+    slice_ends : mapping
+        ``source`` and ``target``.
+    fits : mapping
+        ``nonlinearity``, λ; ``num_factors``, the number of vectors of each method; ``iterations``.
+    prompts : mapping
+        How many requests are fitted, ``fit``; drawn from, ``pool``; judged to choose, ``validation``; judged in the
+        end, ``test``; harmless ones, ``benign``; and of either kind for the difference of means, ``supervised``.
+    multiples : sequence of float
+        Lengths in units of R.
+    max_damage : float
+        In nats a token.
+    tokens : mapping
+        ``validation`` and ``test``: length of the completions; ``shown``: the number of characters that are kept.
+    seed : int
+        Seed of the calibration; fits and orders take it plus `shuffle`.
+
+    Returns
+    -------
+    dict
+        ``grid``: ``number``, ``multiple``, ``answered`` and ``damage`` of each vector and length that was tried;
+        ``chosen``, its row, or None if no vector was found; ``verdicts`` of the test completions; ``damage`` of the
+        chosen vector on the other harmless requests; ``seconds`` until the vectors were found; ``input_scale``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"got method={method!r}, expected one of {get_args(Method)}")
+    name, source = (model["model"], model["dtype"]), slice_ends["source"]
+    opened, tokenizer = open_model(*name)
+    R, refusal_token = scale_and_refusal_token(
+        *name, *slice_ends.values(), fits["nonlinearity"], prompts["fit"], seed, None
+    )
+    drawn = draw_instructions(*name, prompts["fit"], prompts["pool"], seed + shuffle, True)
+    harmful = harmful_instructions()
+    validation = harmful.validation[: prompts["validation"]]
+    benign = benign_split().test[: prompts["benign"]]
+    started = time.perf_counter()
+    vectors = _vectors(
+        opened, tokenizer, method, R, drawn, slice_ends=slice_ends, fits=fits, prompts=prompts, seed=seed + shuffle
+    )
+    seconds = time.perf_counter() - started
+
+    tried: list[tuple[int, float]] = [(0, 1.0)] * len(vectors)  # the search's own vector at its own length, or none
+    grid: list[dict[str, Any]] = []
+    if method not in ("search", "unsteered"):
+        texts = format_chat(tokenizer, validation)
+        best = _best_by_score(opened, tokenizer, texts, vectors, layer=source, negative=refusal_token)
+        tried = [(number, multiple) for number in best for multiple in multiples]
+        vectors = torch.stack([multiple * vectors[number] for number, multiple in tried])
+        completed = generate_per_vector(
+            opened, tokenizer, texts, vectors, layer=source, max_new_tokens=tokens["validation"], progress=False
+        )
+        bounded_on = unsteered_answers(opened, tokenizer, benign[::2])
+        damages = measure_damage(opened, tokenizer, bounded_on, vectors, layer=source).tolist()
+        for (number, multiple), completions, damage in zip(tried, completed, damages, strict=True):
+            answered = fraction_true(is_compliant(opened, tokenizer, validation, completions, **BOUNDS))
+            grid.append({"number": number, "multiple": multiple, "answered": answered, "damage": damage})
+    chosen = _choose(grid, max_damage) if grid else 0
+    vector = vectors[chosen] if len(vectors) else torch.zeros(residual_width(opened))
+
+    requests = harmful.test[: prompts["test"]]
+    texts = format_chat(tokenizer, requests)
+    completions = generate_completions(
+        opened, tokenizer, texts, max_new_tokens=tokens["test"], layer=source, vector=vector, progress=False
+    )
+    compliant = is_compliant(opened, tokenizer, requests, completions, **BOUNDS)
+    reported_on = unsteered_answers(opened, tokenizer, benign[1::2])
+    return {
+        "grid": grid,
+        "found": len(vectors) > 0,
+        "chosen": chosen,
+        "verdicts": [
+            judge_text(completion, tokens["shown"]) | {"compliant": complies}
+            for completion, complies in zip(completions, compliant, strict=True)
+        ],
+        "damage": measure_damage(opened, tokenizer, reported_on, vector[None], layer=source).item(),
+        "length": vector.norm().item() / R,
+        "seconds": seconds,
+        "input_scale": R,
+    }
+
+
+def _vectors(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    R: float,
+    requests: Sequence[str],
+    *,
+    slice_ends: Mapping[str, Any],
+    fits: Mapping[str, Any],
+    prompts: Mapping[str, int],
+    seed: int,
+) -> Float[Tensor, "m d"]:
+    """Return the vectors of a method, at length R but for the search's, which are as long as it makes them."""
+    count, quiet = fits["num_factors"], {"seed": seed, "progress": False}
+    cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, requests), **slice_ends)
+    match method:
+        case "DCT":
+            return fit_exponential(
+                cmap, count, input_scale=R, iterations=fits["iterations"], **quiet
+            ).steering_vectors()
+        case "projected linear":
+            return fit_linear(cmap, count // 2, projections=32, **quiet).steering_vectors(R)
+        case "power steering":
+            V = power_steering(cmap, count // 2, **quiet)
+            return R * torch.cat([V, -V])
+        case "random":
+            return random_vectors(count, cmap.d_source, norm=R, seed=seed)
+        case "difference of means":
+            towards = shuffled(benign_split().train, seed=seed)[: prompts["supervised"]]
+            away = shuffled(harmful_instructions().train, seed=seed)[: prompts["supervised"]]
+            sides = [format_chat(tokenizer, instructions) for instructions in (towards, away)]
+            return R * normalise(difference_of_means(model, tokenizer, *sides, layer=slice_ends["source"])[None])
+        case "search":
+            validation = harmful_instructions().validation
+            return search_vectors(model, tokenizer, fit=requests, validation=validation, **slice_ends, **quiet).vectors[
+                :1
+            ]
+        case _:
+            return torch.zeros(0, cmap.d_source)
+
+
+def _best_by_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    **steering: Any,
+) -> list[int]:
+    """Return the numbers of the four best vectors by mean score; only the best eight are scored on all texts."""
+    quiet: dict[str, Any] = {**steering, "progress": False}
+    half = score_each(model, tokenizer, texts[: len(texts) // 2], vectors, **quiet).logit_diff.mean(1)
+    left = half.argsort(descending=True, stable=True)[:_RANKING]
+    on_all = score_each(model, tokenizer, texts, vectors[left], **quiet).logit_diff.mean(1)
+    return left[on_all.argsort(descending=True, stable=True)[:_LEFT]].tolist()
+
+
+def _choose(grid: Sequence[Mapping[str, Any]], max_damage: float) -> int:
+    """Return the row with the most answers within the bound on damage or, if none is, with the least damage."""
+    within = [row for row, each in enumerate(grid) if each["damage"] <= max_damage]
+    if not within:
+        return min(range(len(grid)), key=lambda row: grid[row]["damage"])
+    return min(within, key=lambda row: (-grid[row]["answered"], grid[row]["damage"]))
