@@ -220,6 +220,18 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     assert "Random vectors get past the circuit breaker as often as DCT's." in README  # verdicts()
 
 
+def awaited():
+    """Return the pages of notebooks that a stage declares and that no run has left yet, as its lock knows."""
+    expected = {ROOT / "writeup/laptop/notebooks/index.html"}
+    for pipeline in ("dvc.yaml", "beyond/dvc.yaml", "study/dvc.yaml"):
+        text = (ROOT / pipeline).read_text(encoding="utf-8").replace("${profile}", "laptop")
+        lock = (ROOT / pipeline).with_suffix(".lock")
+        recorded = lock.read_text(encoding="utf-8") if lock.exists() else ""
+        pages = re.findall(r"writeup/\w+/notebooks/\w+\.html", text)
+        expected |= {ROOT / each for each in pages if each not in recorded}
+    return expected if len(expected) > 1 else set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Each relative link and image: a file or folder that is there, and a heading of it."""
@@ -230,7 +242,7 @@ def test_links_lead_somewhere(page):
         if path.startswith(("http:", "https:")):
             continue
         linked = page.parent / path if path else page
-        assert linked.exists(), target
+        assert linked.exists() or linked.resolve() in awaited(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}, target

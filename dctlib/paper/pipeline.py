@@ -1,4 +1,4 @@
-"""Run a notebook as a pipeline stage: papermill over a copy, parameters from the profile, HTML beside it."""
+"""Run a notebook as a pipeline stage: papermill over a copy, parameters from the profile, and HTML of it."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from dctlib._io import ROOT, atomic_path
+from dctlib.paper.notebook_pages import write_page
 from dctlib.paper.params import load_profile, load_run
 
 # glibc gives large blocks back at every free; the page faults of taking them again cost training a fifth of its time.
@@ -38,7 +39,8 @@ def execute(stem: str, profile: str, parameters: Mapping[str, Any], root: Path =
 
     The kernel works in notebooks/, as it does under Jupyter, and what it prints is passed on as it comes; its sweeps
     run on the Ray cluster of params/run.yaml, or of RAY_ADDRESS. The source notebook is not touched. Of a run that
-    fails, the notebook is kept as <stem>.failed.ipynb for reading.
+    fails, the notebook is kept as <stem>.failed.ipynb for reading. Of one that succeeds,
+    :func:`dctlib.paper.notebook_pages.write_page` leaves a light page in writeup/<profile>/notebooks/.
 
     Parameters
     ----------
@@ -83,6 +85,7 @@ def execute(stem: str, profile: str, parameters: Mapping[str, Any], root: Path =
     html, _ = HTMLExporter().from_notebook_node(notebook)
     with atomic_path(folder / f"{stem}.html") as partial:
         partial.write_text(html, encoding="utf-8")
+    write_page(notebook, stem, profile, root)
     return folder / f"{stem}.ipynb"
 
 

@@ -14,7 +14,7 @@ from dctlib.paper.document import _revision, markdown_text, number, percent, row
 def root(tmp_path):
     """A repository with the committed profiles and a writeup of one number."""
     for folder in ("notebooks", "params", "writeup"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("smoke"))
     (tmp_path / "figures" / "smoke").mkdir(parents=True)
     (tmp_path / "figures" / "smoke" / "toy.json").write_text(json.dumps({"score": -7.25, "said": "<script>*x*"}))
     (tmp_path / "writeup" / "paper.md").write_text(

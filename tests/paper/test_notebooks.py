@@ -116,6 +116,17 @@ def test_executed_copies_show_their_figures(path):
         assert copy.with_suffix(".html").read_text().count("data:image/png;base64,") >= figures
 
 
+def test_light_pages_show_their_figures_by_links(path):
+    """Those of the profiles that are committed, and of others that were run here."""
+    figures = sum(is_call_of(node, "save_figure") for tree in parsed(path) for node in ast.walk(tree))
+    for page in (ROOT / "writeup").glob(f"*/notebooks/{path.stem}.html"):
+        text = page.read_text(encoding="utf-8")
+        linked = [page.parent / target for target in re.findall(r'<img[^>]+src="([^"]+)"', text)]
+        assert len(linked) == figures
+        assert all(target.is_file() for target in linked)
+        assert len(text) < 100_000
+
+
 def test_only_the_checked_cell_holds_output(path):
     checked = 0
     for cell, source in code_cells(path):
@@ -153,6 +164,8 @@ def test_its_stage_depends_on_every_room_that_it_imports(path):
     assert all(any(module == dep or module.startswith(f"{dep}/") for dep in deps) for module in needed)
     assert all(any(module == dep or module.startswith(f"{dep}/") for module in needed) for dep in deps)
     assert f"notebooks/{path.name}" in stage["deps"]
+    profile = "study" if stage["cmd"].endswith(" study") else "${profile}"
+    assert {f"writeup/{profile}/notebooks/{path.stem}.html": {"cache": False}} in stage["outs"]
     (params,) = stage["params"]
     assert params in ({"params/${profile}.yaml": [path.stem]}, {"params/study.yaml": [path.stem]})
 

@@ -52,6 +52,9 @@ def test_an_executed_copy_and_its_page_hold_the_saved_figure(root):
     assert base64.b64decode(shown.data["image/png"]) == (folder / "figures" / "mine" / "toy.png").read_bytes()
     assert "<Figure" not in shown.data["text/plain"]
     assert re.search(r'<img[^>]+src="data:image/png;base64,', path.with_suffix(".html").read_text())
+    light = folder / "writeup" / "mine" / "notebooks" / "toy.html"
+    (target,) = re.findall(r'<img[^>]+src="([^"]+)"', light.read_text())
+    assert (light.parent / target).resolve() == folder / "figures" / "mine" / "toy.png"
 
 
 def test_a_failed_notebook_is_kept_for_reading_and_not_taken_for_a_whole_one(root):
