@@ -1,5 +1,6 @@
 """The whole walk from a model and prompts to ranked vectors: what ``python -m dctlib discover`` computes."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from dctlib.discovery.explorer import Exploration, write_explorer
 from dctlib.discovery.found import FoundVectors
 from dctlib.discovery.options import DiscoverOptions, SearchOptions, choose_slice
 from dctlib.discovery.search import SEARCH_VERSION, search_vectors
+from dctlib.discovery.snippets import SharedPlace
 from dctlib.evaluation.instructions import read_instructions, split_instructions
 from dctlib.evaluation.refusals import is_refusal
 from dctlib.exchange.hub import check_replaceable, model_reference, save_folder
@@ -94,6 +96,7 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
         validation,
         shown_characters=options.shown_characters,
         hide=any(map(is_refusal, found.unsteered)),
+        shared=SharedPlace(os.path.relpath(paths.shared), options.model, source, options.chat),
     )
     rows = found.table.to_dict("records")
     facts = {"layer": source, "model": name, "revision": revision, "architecture": model.config.model_type}

@@ -159,6 +159,31 @@ function speak() {
   });
 }
 
+/** How the open vector is used; a page that names no folder has nothing to say here. */
+function offer() {
+  const texts = data.snippets[ids[chosen]];
+  get("use").hidden = !Object.keys(data.snippets).length;
+  get("unshared").hidden = Boolean(texts);
+  get("copied").textContent = "";
+  ["as-python", "as-command"].forEach((id, i) => {
+    get(id).textContent = texts?.[i] ?? "";
+    get(id).parentElement.hidden = !texts;
+  });
+}
+
+// Where the browser keeps the clipboard to itself, the text is selected instead.
+get("use").addEventListener("click", async ({ target }) => {
+  if (!target.dataset.copies) return;
+  const source = get(target.dataset.copies);
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    get("copied").textContent = "Copied.";
+  } catch {
+    getSelection().selectAllChildren(source);
+    get("copied").textContent = "Selected: copy it with Ctrl+C, or ⌘C.";
+  }
+});
+
 function open() {
   const row = data.rows[chosen];
   get("name").textContent = `Vector ${ids[chosen]}`;
@@ -176,6 +201,7 @@ function open() {
       return each;
     }));
   }
+  offer();
   speak();
   mark();
 }

@@ -6,7 +6,7 @@ import importlib.resources
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.functional import normalize, pad
 
 from dctlib._io import atomic_path
 from dctlib.discovery.found import FoundVectors
+from dctlib.discovery.snippets import SharedPlace
 from dctlib.evaluation.judges import truncate
 from dctlib.models.chat import Instruction, last_user_turn
 
@@ -29,20 +30,27 @@ _ABOUT = {
     "source": "the method that it comes from; random vectors are the control",
     "multiple": "its length in units of R",
     "length": "its length in units of the residual stream",
-    "damage": "mean KL(steered ‖ unsteered) in nats a token, on answers to harmless requests; the lower the better",
-    "score": "0 to 1, on all requests: the product of the grades, or with a judge its fraction of True",
-    "held_out": "the score on the requests that the search did not use; compare it with that of random directions",
-    "elsewhere": "the score on harmless requests; a vector that scores as high there changes any answer",
-    "excess": "score less elsewhere: what a vector does to these requests more than to harmless ones",
-    "novelty": "0 to 1: how unlikely the unsteered model finds the beginnings of the completions",
-    "fluency": "0 to 1: 1 is as likely as the model's own answers",
-    "varied": "fraction of completions that are not repetitive",
-    "reopened": "fraction that opens otherwise than the unsteered completions, and not with another refusal",
-    "relevance": "0 to 1: how much likelier completions are after their own requests than after others",
+    "damage": "mean KL(steered ‖ unsteered) in nats a token, on answers to harmless requests. Good: below the bound, "
+    "0.5 unless you changed it. Bad: above 1, harmless answers become others",
+    "score": "0 to 1, on all requests: the product of the grades, or with a judge its fraction of True. Good: near 1. "
+    "Bad: near 0",
+    "held_out": "the score on the requests that the search did not use; compare it with that of random directions. "
+    "Good: close to score. Bad: far below it, chosen by luck",
+    "elsewhere": "the score on harmless requests. Good: near 0. Bad: near held_out, it changes any answer as much",
+    "excess": "score less elsewhere: what a vector does to these requests more than to harmless ones. Good: near 1. "
+    "Bad: near 0",
+    "novelty": "0 to 1: how unlikely the unsteered model finds the beginnings of the completions. Good: near 1. "
+    "Bad: near 0, what the model says anyway",
+    "fluency": "0 to 1: 1 is as likely as the model's own answers. Good: above 0.7. Bad: below 0.37, often word salad",
+    "varied": "fraction of completions that are not repetitive. Good: 1. Bad: below 0.8, it loops",
+    "reopened": "fraction that opens otherwise than the unsteered completions, and not with another refusal. "
+    "Good: near 1. Bad: near 0, still the same opening or a refusal",
+    "relevance": "0 to 1: how much likelier completions are after their own requests than after others. Good: near 1. "
+    "Bad: near 0, off topic",
     "first": "the score in the first round: few requests and few tokens",
     "says": "a completion, cut short",
     "nearest": "the shown vector of the largest |cos(v, v′)|",
-    "cosine": "cos(v, v′) with the nearest",
+    "cosine": "cos(v, v′) with the nearest. Near 1 or −1: the same direction. Near 0: another one",
 }
 
 
@@ -72,6 +80,8 @@ class Exploration:
         Completions are cut to this length; what is cut is not in the file.
     hide : bool
         Whether completions are folded until asked for.
+    snippets : mapping of int to pair of str
+        For a vector, by its number, what a reader copies to use it: Python, and the command that exports it.
 
     Raises
     ------
@@ -89,6 +99,7 @@ class Exploration:
     completions: Mapping[int, Sequence[str]]
     shown_characters: int
     hide: bool = True
+    snippets: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
     def from_search(
@@ -101,6 +112,7 @@ class Exploration:
         *,
         shown_characters: int,
         hide: bool = True,
+        shared: SharedPlace | None = None,
     ) -> "Exploration":
         """Return the content of a page about all candidates of a search.
 
@@ -110,7 +122,15 @@ class Exploration:
             What each row of ``found.directions`` writes at the target layer.
         instructions : sequence of str or of conversations
             Those that the search validated on.
+        shared : SharedPlace, optional
+            Where ``found.vectors`` were saved. Left out, the page says nothing of how to use them.
         """
+        snippets: dict[int, tuple[str, str]] = {}
+        if shared:
+            lengths = found.table["length"].tolist()
+            rows = found.candidates.index[found.candidates["found"].to_numpy(bool)].tolist()
+            for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                snippets[row] = shared.python(number, length), shared.export(number)
         order = found.candidates.index.tolist()
         table = found.candidates.astype({"found": int}).reset_index(names="vector")
         return cls(
@@ -124,6 +144,7 @@ class Exploration:
             completions=found.completions,
             shown_characters=shown_characters,
             hide=hide,
+            snippets=snippets,
         )
 
     def __post_init__(self) -> None:
@@ -133,8 +154,9 @@ class Exploration:
         for name, rows in {"V": self.V, "U": self.U}.items():
             if rows.ndim != 2 or len(rows) != k or not rows.isfinite().all():
                 raise ValueError(f"got {name} {tuple(rows.shape)}, expected ({k}, …), finite: index it by table.vector")
-        if unknown := set(self.completions) - set(self.table["vector"]):
-            raise ValueError(f"got completions of {sorted(unknown)}, expected vectors of the table")
+        for name, known in {"completions": self.completions, "snippets": self.snippets}.items():
+            if unknown := set(known) - set(self.table["vector"]):
+                raise ValueError(f"got {name} of {sorted(unknown)}, expected vectors of the table")
         counts = {len(self.unsteered), *map(len, self.completions.values())}
         if counts != {n}:
             raise ValueError(f"got {sorted(counts)} completions, expected {n}, one for each of the instructions")
@@ -196,6 +218,7 @@ def _content(run: Exploration) -> dict[str, Any]:
             for vector, texts in run.completions.items()
         },
         "hide": run.hide,
+        "snippets": {int(vector): list(texts) for vector, texts in run.snippets.items()},
     }
 
 

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from tiny import unit_rows
 
 import dctlib.discovery.explorer
 from dctlib.discovery.explorer import _ABOUT, Exploration, write_explorer
-from dctlib.discovery.found import NUMBERS
+from dctlib.discovery.found import NUMBERS, FoundVectors
+from dctlib.discovery.snippets import SharedPlace
 
 HOSTILE = [
     "</script><script>window.pwned=1</script>",
@@ -46,6 +48,7 @@ def exploration(k: int, n: int, *, read: int | None = None, **more):
         "unsteered": [f"clean {HOSTILE[i % len(HOSTILE)]}" for i in range(n)],
         "completions": {v: [f"vector {v} {HOSTILE[i % len(HOSTILE)]}" for i in range(n)] for v in order[:read]},
         "shown_characters": 200,
+        "snippets": {order[0]: (f"python {HOSTILE[0]}\nline 2", f"export {HOSTILE[1]}")},
     }
     return Exploration(**settings | more)
 
@@ -93,6 +96,38 @@ def test_numbers_that_json_cannot_hold_are_left_blank(page):
     assert [row[names.index("score")] for row in data["rows"]] == [None, None, 123.46]
     decimals = {column["name"]: column["decimals"] for column in data["columns"]}
     assert (decimals["vector"], decimals["says"], decimals["score"]) == (0, None, 0)
+
+
+def found_vectors():
+    """Four candidates, of which the third and the first were found, in this order, at lengths 3 and 1."""
+    table = pd.DataFrame({"found": [True, True, False, False]}, index=[2, 0, 1, 3])
+    table["length"] = [3.0, 1.0, 2.0, 4.0]
+    for name in ["source", "says", "request"]:
+        table[name] = "text"
+    for name in [each for each in NUMBERS if each != "length"]:
+        table[name] = 0.5
+    return FoundVectors(7, 6.5, table, unit_rows(4, 8).float(), ["a"], {2: ["b"]})
+
+
+def of_search(**more):
+    return Exploration.from_search("t", {}, found_vectors(), unit_rows(4, 6), ["ask"], shown_characters=9, **more)
+
+
+def test_each_vector_that_was_found_has_code_with_its_own_place_layer_and_length():
+    place = SharedPlace("vectors/it's mine", "owner/model@1", 7, {"system": "Be brief."})
+    run = of_search(shared=place)
+    assert list(run.snippets) == [2, 0]
+    python, command = run.snippets[2]
+    compile(python, "snippet", "exec")
+    assert "load_model('owner/model@1')" in python
+    assert 'load_folder("vectors/it\'s mine")' in python
+    assert "steer(model, layer=7, vector=shared.vectors[0]):  # at its own length, 3\n" in python
+    assert "**{'system': 'Be brief.'})" in python
+    assert shlex.split(command)[3:6] == ["export", "vectors/it's mine", "0"]
+    python, command = run.snippets[0]
+    assert "shared.vectors[1]):  # at its own length, 1\n" in python
+    assert shlex.split(command)[5:] == ["1", "--to", "gguf", "--output", "vector-1.gguf"]
+    assert of_search().snippets == {}
 
 
 def test_every_column_of_a_search_is_explained():
@@ -146,6 +181,7 @@ def test_a_failure_leaves_the_page_that_was_there(tmp_path, monkeypatch):
         ({"U": torch.full((3, 16), torch.nan)}, r"U \(3, 16\), expected \(3, …\), finite"),
         ({"completions": {9: ["a", "b"]}}, r"completions of \[9\], expected vectors of the table"),
         ({"completions": {0: ["a"]}}, r"got \[1, 2\] completions, expected 2"),
+        ({"snippets": {9: ("a", "b")}}, r"snippets of \[9\], expected vectors of the table"),
         ({"instructions": ["only one"]}, r"got \[2\] completions, expected 1"),
         ({"shown_characters": 0}, "shown_characters=0, expected at least 1"),
     ],

@@ -149,6 +149,34 @@ def test_text_is_folded_until_asked_for(page, run):
     assert spoken.count() == 0
 
 
+def test_code_to_use_a_vector_is_copied(page, run):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    for label, wanted in zip(
+        ["Copy as Python", "Copy the export command"], next(iter(run.snippets.values())), strict=True
+    ):
+        page.get_by_role("button", name=label).click()
+        expect(page.locator("#copied")).to_have_text("Copied.")
+        assert page.evaluate("navigator.clipboard.readText()") == wanted
+    page.locator("#vectors tbody tr").nth(1).locator("td").nth(1).click()
+    expect(page.get_by_role("button", name="Copy as Python")).to_be_hidden()
+    expect(page.locator("#unshared")).to_be_visible()
+    expect(page.locator("#copied")).to_have_text("")
+
+
+def test_code_is_selected_where_the_clipboard_is_closed(page, run):
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('closed')); }")
+    page.get_by_role("button", name="Copy as Python").click()
+    expect(page.locator("#copied")).to_contain_text("Ctrl+C")
+    assert page.evaluate("getSelection().toString()").strip() == next(iter(run.snippets.values()))[0]
+
+
+def test_a_page_that_names_no_folder_says_nothing_of_use(page, tmp_path):
+    write_explorer(tmp_path / "explorer.html", exploration(1, 1, snippets={}))
+    page.goto((tmp_path / "explorer.html").as_uri())
+    expect(page.locator("#name")).to_be_visible()
+    expect(page.locator("#use")).to_be_hidden()
+
+
 def test_injected_script_would_be_stopped_by_the_policy(browser, address):
     page = browser.new_page()
     page.goto(address)
