@@ -3,8 +3,10 @@ import re
 
 import nbformat
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from dctlib._io import ROOT
 from dctlib.paper.notebook_pages import write_page
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -21,6 +23,17 @@ def root(tmp_path):
         cells = [new_markdown_cell(f"# The {stem} question\n\nWhat is $x$?")]
         nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / f"{stem}.ipynb")
     return tmp_path
+
+
+@pytest.mark.parametrize("pipeline", ["dvc.yaml", "beyond/dvc.yaml", "study/dvc.yaml"])
+def test_every_stage_that_runs_a_notebook_leaves_its_page(pipeline):
+    stages = yaml.safe_load((ROOT / pipeline).read_text())["stages"].values()
+    commands = [re.fullmatch(r"python -m dctlib run (\w+) --profile (\S+)", stage["cmd"]) for stage in stages]
+    assert any(commands)
+    for stage, command in zip(stages, commands, strict=True):
+        if command:
+            stem, profile = command.groups()
+            assert {f"writeup/{profile}/notebooks/{stem}.html": {"cache": False}} in stage["outs"]
 
 
 def written(root, *outputs, prose="# Title", stem="first"):
