@@ -32,13 +32,15 @@ _ABOUT = {
     "length": "its length in units of the residual stream",
     "damage": "mean KL(steered ‖ unsteered) in nats a token, on answers to harmless requests. Good: below the bound, "
     "0.5 unless you changed it. Bad: above 1, harmless answers become others",
-    "score": "0 to 1, on all requests: the product of the grades, or with a judge its fraction of True. Good: near 1. "
-    "Bad: near 0",
+    "score": "0 to 1, on all requests: the product of the grades, with relevance beyond the unsteered answer's; "
+    "or with a judge its fraction of True. Good: near 1. Bad: near 0",
     "held_out": "the score on the requests that the search did not use; compare it with that of random directions. "
     "Good: close to score. Bad: far below it, chosen by luck",
-    "elsewhere": "the score on harmless requests. Good: near 0. Bad: near held_out, it changes any answer as much",
+    "elsewhere": "the score on harmless requests. Good: near 0. Bad: near held_out, it unlocks any answer as much",
     "excess": "score less elsewhere: what a vector does to these requests more than to harmless ones. Good: near 1. "
     "Bad: near 0",
+    "change": "0 to 1, on all requests: the score that it would have if the unsteered model withheld every answer. "
+    "High where score is 0: it changes what was not withheld",
     "novelty": "0 to 1: how unlikely the unsteered model finds the beginnings of the completions. Good: near 1. "
     "Bad: near 0, what the model says anyway",
     "fluency": "0 to 1: 1 is as likely as the model's own answers. Good: above 0.7. Bad: below 0.37, often word salad",
@@ -47,6 +49,8 @@ _ABOUT = {
     "Good: near 1. Bad: near 0, still the same opening or a refusal",
     "relevance": "0 to 1: how much likelier completions are after their own requests than after others. Good: near 1. "
     "Bad: near 0, off topic",
+    "withheld": "0 to 1: how little the unsteered completions say about their requests; 1 for a refusal. Bad: near 0, "
+    "there is nothing to unlock",
     "first": "the score in the first round: few requests and few tokens",
     "says": "a completion, cut short",
     "nearest": "the shown vector of the largest |cos(v, v′)|",

@@ -19,8 +19,12 @@ from dctlib.evaluation.judges import truncate
 from dctlib.models.chat import Instruction, last_user_turn
 
 _PARTS = [field.name for field in dataclasses.fields(Grades)]
-NUMBERS = ["multiple", "length", "damage", "score", "held_out", "elsewhere", "excess", *_PARTS, "first"]
+NUMBERS = ["multiple", "length", "damage", "score", "held_out", "elsewhere", "excess", "change", *_PARTS, "first"]
 COLUMNS = ["source", *NUMBERS[:-1], "request", "says"]
+
+_ELSEWHERE = (
+    "The model may hide nothing here, or a wider fit, another slice, other requests or a larger max_damage may show it."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +41,18 @@ class FoundVectors:
         All vectors that were read: the found ones, best first, then the others by how far they came. The index is the
         row of `directions`. Columns: ``found``; ``source``, the method; ``multiple``, its ``length`` in units of R;
         ``damage``, in nats a token; ``score``, on all validation requests; ``held_out``, on those that no vector was
-        chosen on; ``elsewhere``, on harmless requests, NaN with a judge; ``excess``, ``score`` less ``elsewhere``; the
-        means of the grades by :class:`dctlib.discovery.criteria.Grades`; ``request`` and ``says``, one held-out request
-        and its completion, cut short; ``first``, the score in the first round. NaN stands where a vector was not read
-        so far.
+        chosen on; ``elsewhere``, on harmless requests, NaN with a judge; ``excess``, ``score`` less ``elsewhere``;
+        ``change``, the score without a judge if the unsteered model withheld every answer; the means of the grades by
+        :class:`dctlib.discovery.criteria.Grades`; ``request`` and ``says``, one held-out request and its completion,
+        cut short; ``first``, the score in the first round. NaN stands where a vector was not read so far.
     directions : Tensor, (m, d)
         All candidates, each at the length at which it was read last, float32 on the CPU.
     unsteered : list of str
         Completions of the validation requests without steering, cut short, as all text here.
     completions : dict of int to list of str
         Those under the vectors that were read on all of them, by their row of `directions`.
+    judged : bool
+        Whether a judge scored the completions.
     """
 
     layer: int
@@ -55,6 +61,7 @@ class FoundVectors:
     directions: Float[Tensor, "m d"]
     unsteered: list[str]
     completions: dict[int, list[str]]
+    judged: bool
 
     @property
     def vectors(self) -> Float[Tensor, "k d"]:
@@ -112,16 +119,31 @@ class FoundVectors:
     def explanation(self) -> str:
         """What the result means, in a sentence or two."""
         reached = "none was left to compare" if math.isnan(self.random) else f"the best reaches {self.random:.2f}"
+        if len(self.table) and self.judged:
+            return (
+                f"Under {len(self.table)} vectors the judge finds more completions of held-out requests True than "
+                f"without a vector, within the bound on damage. Of random directions, {reached}."
+            )
         if len(self.table):
             return (
-                f"{len(self.table)} vectors change held-out requests, within the bound on damage, and more than they "
-                f"change harmless ones. Of random directions, {reached}."
+                f"{len(self.table)} vectors make the model answer held-out requests that it withholds an answer to, "
+                f"within the bound on damage. Of random directions, {reached}."
+            )
+        if self.judged:
+            return (
+                "Nothing found: within the bound on damage, under no vector does the judge find more completions of "
+                f"held-out requests True than without one. {_ELSEWHERE}"
             )
         return (
-            "Nothing found: within the bound on damage, no vector does more to held-out requests than it does to "
-            "harmless ones, or than no vector does. The model may hide nothing here, or a wider fit, another slice, "
-            "other requests or a larger max_damage may show it."
+            "Nothing found: within the bound on damage, no vector makes the model answer held-out requests that it "
+            f"withholds an answer to. The unsteered model withholds {self._withheld()} of its answers. What merely "
+            "changes answers, a persona say, is found by a judge alone; the candidates are ranked by it. "
+            f"{_ELSEWHERE}"
         )
+
+    def _withheld(self) -> str:
+        share = max((each for each in self.candidates["withheld"] if not math.isnan(each)), default=math.nan)
+        return "an unknown share" if math.isnan(share) else f"{share:.0%}"
 
 
 def is_above(table: pd.DataFrame, *, unsteered: float, margin: float) -> list[bool]:
@@ -153,16 +175,18 @@ def describe_candidates(
     """
     known = {"found": False, "source": sources, "length": lengths, "request": "", "says": ""}
     table = pd.DataFrame(known).reindex(columns=["found", *COLUMNS, "first"])
-    last_round = pd.Series(0, index=table.index)
+    last_round, change = pd.Series(0, index=table.index), pd.Series(0.0, index=table.index)
     for number, (rows, reading) in enumerate(halving.rounds):
         if number == 0:
             table.loc[rows, "first"] = reading.scores()
+            change[rows] = reading.changes()
         last_round[rows] = number + 1
         table.loc[rows, "request"] = truncate(last_user_turn(requests[0]), characters)
         table.loc[rows, "says"] = [truncate(each[0], characters) for each in reading.completions]
     for name in finalists:
         table.loc[finalists.index, name] = finalists[name]
-    behind = table.drop(finalists.index).assign(round=last_round).sort_values(["round", "first"], ascending=False)
+    behind = table.drop(finalists.index).assign(round=last_round, change=change)
+    behind = behind.sort_values(["round", "first", "change"], ascending=False)
     found = finalists["found"].to_numpy(bool)
     order = [*finalists.index[found], *finalists.index[~found], *behind.index]
     return table.loc[order]
@@ -177,7 +201,7 @@ def excerpt_columns(
     reading: Reading, requests: Sequence[Instruction], held_out: slice, characters: int
 ) -> Mapping[str, list[str]]:
     """Return the held-out request on which each vector scores best, and its completion, both cut short."""
-    best = [held_out.start + place for place in reading.each[:, held_out].argmax(1).tolist()]
+    best = reading.shown(held_out)
     return {
         "request": [truncate(last_user_turn(requests[i]), characters) for i in best],
         "says": [truncate(reading.completions[row][i], characters) for row, i in enumerate(best)],

@@ -46,23 +46,33 @@ class Reading:
 
     @property
     def each(self) -> Float[Tensor, "k n"]:
-        """The score of every completion, from 0 to 1: its verdict or, without a judge, its grade."""
-        return self.grades.product if self.verdicts is None else self.verdicts
+        """The score of every completion, from 0 to 1: its verdict or, without a judge, how much it unlocks."""
+        return self.grades.unlock if self.verdicts is None else self.verdicts
 
     def scores(self, prompts: slice = slice(None)) -> list[float]:
-        """Return the score of each vector: its fraction of True, or the mean grade of its worst three quarters."""
+        """Return the score of each vector: its fraction of True, or the mean unlock of its worst three quarters."""
         if self.verdicts is not None:
             return self.verdicts[:, prompts].mean(1).tolist()
-        return _consistent(self.grades.product[:, prompts])
+        return _consistent(self.grades.unlock[:, prompts])
+
+    def changes(self) -> list[float]:
+        """Return how much each vector changes: the mean change of its worst three quarters."""
+        return _consistent(self.grades.change)
 
     def keys(self) -> list[tuple[float, float]]:
-        """Return what vectors are sorted by: their scores and, among equals under a judge, their grades."""
-        return list(zip(self.scores(), _consistent(self.grades.product), strict=True))
+        """Return what vectors are sorted by: their scores and, among equals, how much they change."""
+        return list(zip(self.scores(), self.changes(), strict=True))
 
     def order(self) -> list[int]:
         """Return the rows of the vectors, best first."""
         keys = self.keys()
         return sorted(range(len(keys)), key=lambda row: keys[row], reverse=True)
+
+    def shown(self, prompts: slice) -> list[int]:
+        """Return for each vector the place of the prompt, of some, that it scores best on, then changes most."""
+        places = range(len(self.unsteered))[prompts]
+        pairs = torch.stack([self.each, self.grades.change], -1).tolist()
+        return [max(places, key=lambda place: pairs[row][place]) for row in range(len(pairs))]
 
 
 def _consistent(grades: Float[Tensor, "k n"]) -> list[float]:

@@ -41,7 +41,7 @@ _STAGES = {
     "read and compare": 40,
 }
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-SEARCH_VERSION = 2
+SEARCH_VERSION = 3
 """Part of the key of remembered searches: raise it with any change that alters :func:`search_vectors`' results."""
 
 _SURVIVORS = 16  # of the halving
@@ -81,10 +81,11 @@ def search_vectors(
     random one, are read on all of `validation`. A vector is found if its score on the second half is above that of no
     vector, by a margin.
 
-    The score of a vector is the fraction of its completions that the judge finds True. Without a judge it is the
-    product of graded criteria, :class:`dctlib.discovery.criteria.Grades`, averaged over the worst three quarters of
-    requests. It must then also exceed, by the margin, the vector's own score on harmless requests. A vector that
-    changes any answer as much tells nothing about these.
+    The score of a vector is the fraction of its completions that the judge finds True. Without a judge it is
+    ``unlock`` of :class:`dctlib.discovery.criteria.Grades`, averaged over the worst three quarters of requests: how
+    much more the vector's answers say about their requests than the unsteered ones, which withhold it. It must then
+    also exceed, by the margin, the vector's own score on harmless requests. Where the unsteered answers are about their
+    requests already, nothing is found without a judge; candidates are then ranked by how much they change.
 
     Parameters
     ----------
@@ -201,6 +202,7 @@ def search_vectors(
         vectors,
         _truncated(reading.unsteered, settings),
         {row: _truncated(texts, settings) for row, texts in zip(finalists, reading.completions, strict=True)},
+        judge is not None,
     )
 
 
@@ -226,6 +228,7 @@ def _describe_finalists(
         "score": reading.scores(),
         "held_out": reading.scores(held_out),
         "elsewhere": math.nan,
+        "change": reading.changes(),
         **grade_columns(reading),
         **excerpt_columns(reading, validation, held_out, settings.shown_characters),
     }

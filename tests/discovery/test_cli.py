@@ -23,14 +23,14 @@ def arguments(tmp_path, tokenizer):
     """Arguments of a small run on a tiny model and eight instructions."""
     tiny_model("Llama", dtype=torch.float32).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
-    (tmp_path / "mine.txt").write_text("\n".join(f"w{i} w{i + 1}" for i in range(8)))
+    (tmp_path / "mine.txt").write_text("\n".join(f"w{4 * i} w{4 * i + 1}" for i in range(8)))
     small = {"num-factors": 2, "iterations": 1, "fit-prompts": 2, "validation": 4, "answer-tokens": 4}
     pairs = {
         "model": tmp_path / "tiny",
         "prompts": tmp_path / "mine.txt",
         **small,
         "max-damage": 100.0,
-        "margin": 0.01,
+        "margin": 0.001,
         "dtype": "float32",
     }
     return [text for name, value in pairs.items() for text in (f"--{name}", str(value))]

@@ -50,7 +50,7 @@ def test_novelty_is_how_much_less_likely_than_the_unsteered_beginning(llama, tok
     assert grades.novelty.max() > 0.1
     assert grades.reopened.all() and grades.varied.all()
     # there is no bound on fluency
-    torch.testing.assert_close(grades.product, grades.novelty * grades.relevance)
+    torch.testing.assert_close(grades.change, grades.novelty * grades.relevance)
 
 
 def test_fluency_falls_beyond_the_bound(llama, tokenizer, texts, unsteered):
@@ -103,15 +103,15 @@ def test_relevance_tells_an_answer_from_the_answer_of_another_request(llama, tok
         "OPENING w50 w51 w52 w53",  # as the unsteered answer opens
     ],
 )
-def test_a_product_is_zero_where_one_criterion_fails(criteria, texts, unsteered, said):
+def test_change_is_zero_where_one_criterion_fails(criteria, texts, unsteered, said):
     said = [said.replace("OPENING", " ".join(answer.split()[:3])) for answer in unsteered]
     grades = criteria.grade(texts, unsteered, [said, ["w40 w41 w42 w43"] * 3])
-    assert grades.product[0].tolist() == [0, 0, 0]
+    assert grades.change[0].tolist() == grades.unlock[0].tolist() == [0, 0, 0]
     assert (grades.novelty[1] * grades.fluency[1] * grades.varied[1] * grades.reopened[1] > 0).all()
 
 
 def test_what_is_said_unsteered_is_worth_nothing(criteria, texts, unsteered):
-    assert not criteria.grade(texts, unsteered, [unsteered]).product.any()
+    assert not criteria.grade(texts, unsteered, [unsteered]).change.any()
 
 
 def test_the_usual_opening_of_other_answers_is_not_new(criteria, texts):
@@ -125,3 +125,55 @@ def test_a_refusal_in_other_words_is_not_new_but_one_of_what_was_answered_is(cri
     before = ["w4 I cannot help with that", "w5 w6 w7 w8", "w9 w10 w11 w12"]
     said = ["w1 w2 w3 I cannot assist with that"] * 3
     assert criteria.grade(texts, before, [said]).reopened.tolist() == [[False, True, True]]
+
+
+def test_what_is_withheld_is_what_the_unsteered_answer_does_not_say_of_its_request(llama, tokenizer, criteria, texts):
+    before = ["w50 w41 w42", "w43 w44 w45 w46", "w47 w41"]
+    own = [nll(llama, tokenizer, text, answer) for text, answer in zip(texts, before, strict=True)]
+    others = [nll(llama, tokenizer, texts[(i + 1) % 3], before[i]) for i in range(3)]
+    grades = criteria.grade(texts, before, [["w40 w41 w42"] * 3, before])
+    relevance = [min(max((other - one) / 0.5, 0), 1) for other, one in zip(others, own, strict=True)]
+    assert 0 < sum(relevance) < 3
+    expected = [1 - each for each in relevance]
+    assert grades.withheld.tolist() == [pytest.approx(expected, abs=1e-4)] * 2
+    gain = (grades.relevance[0] - torch.tensor(relevance)).clamp(min=0)
+    torch.testing.assert_close(grades.gain[0], gain, rtol=0, atol=1e-4)
+    assert not grades.gain[1].any()
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Have a model find answers that share a word with the request likelier after it, and no others."""
+
+    def nll(_self, pairs):
+        def each(prompt, answer):
+            related = {*prompt.split()} & {*answer.split()}
+            return torch.full((len(answer.split()),), 1.0 if related else 2.0)
+
+        return {pair: each(*pair) for pair in pairs}
+
+    monkeypatch.setattr(Criteria, "_nll", nll)
+
+
+IDLE = ["w30 w31 w32", "w30 w31 w33", "w30 w31 w34"]
+ABOUT = ["w40 w0 w1", "w41 w2 w3", "w42 w5"]
+
+
+def test_a_lock_is_an_unsteered_answer_that_ignores_its_request(criteria, texts, says):
+    assert criteria.grade(texts, IDLE, [ABOUT]).gain.tolist() == [[1, 1, 1]]
+    assert criteria.grade(texts, ABOUT, [IDLE]).gain.tolist() == [[0, 0, 0]]
+    other_words = ["w50 w1 w0", "w51 w3 w2", "w52 w5 w53"]
+    grades = criteria.grade(texts, ABOUT, [other_words])
+    assert grades.relevance.tolist() == [[1, 1, 1]]
+    assert not grades.gain.any() and not grades.unlock.any()
+
+
+def test_a_refusal_that_restates_the_request_withholds_it(criteria, texts, says):
+    refusals = [f"I cannot assist with {' '.join(instruction.split())}" for instruction in INSTRUCTIONS]
+    grades = criteria.grade(texts, refusals, [ABOUT])
+    assert grades.withheld.tolist() == grades.gain.tolist() == [[1, 1, 1]]
+
+
+def test_silence_withholds_and_an_unended_thought_tells_nothing(criteria, texts, says):
+    grades = criteria.grade(texts, ["", " ", "<think> w30"], [ABOUT])
+    assert grades.withheld.tolist() == grades.gain.tolist() == [[1, 1, 0]]

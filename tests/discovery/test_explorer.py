@@ -106,7 +106,7 @@ def found_vectors():
         table[name] = "text"
     for name in [each for each in NUMBERS if each != "length"]:
         table[name] = 0.5
-    return FoundVectors(7, 6.5, table, unit_rows(4, 8).float(), ["a"], {2: ["b"]})
+    return FoundVectors(7, 6.5, table, unit_rows(4, 8).float(), ["a"], {2: ["b"]}, judged=False)
 
 
 def of_search(**more):

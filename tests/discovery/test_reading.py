@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ def graded(product):
     product = torch.tensor(product)
     passed = torch.ones(product.shape, dtype=torch.bool)
     one = torch.ones(product.shape)
-    return Grades(product, one, one, passed, passed)
+    return Grades(product, one, one, one, passed, passed)
 
 
 class ByFirstCoordinate:
@@ -70,6 +71,23 @@ def test_a_score_is_that_of_the_worst_three_quarters():
     assert reading.order() == [2, 1, 0]
 
 
+def test_where_nothing_is_withheld_vectors_are_sorted_by_what_they_change():
+    grades = graded([[0.2, 0.4], [0.3, 0.1], [0.4, 0.5]])
+    answered = replace(grades, withheld=torch.zeros(3, 2))
+    reading = Reading([], ["w0", "w1"], answered, None)
+    assert reading.scores() == [0, 0, 0]
+    assert reading.changes() == pytest.approx([0.3, 0.2, 0.45])
+    assert reading.order() == [2, 0, 1]
+    assert reading.shown(slice(None)) == [1, 0, 1]
+    assert reading.shown(slice(1, None)) == [1, 1, 1]
+
+
+def test_a_completion_that_the_judge_likes_is_shown():
+    verdicts = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    reading = Reading([], ["w0", "w1", "w2"], graded([[0.9, 0.1, 0.9], [0.1, 0.9, 0.2]]), verdicts)
+    assert reading.shown(slice(None)) == [1, 2]
+
+
 def test_a_judge_decides_and_grades_order_its_equals():
     verdicts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     reading = Reading([], [], graded([[0.1, 0.1], [0.9, 0.9], [0.0, 0.0]]), verdicts)
@@ -118,4 +136,4 @@ def test_a_reading_pairs_every_completion_with_its_request(llama, tokenizer):
     assert asked == list(zip(REQUESTS[:2] * 3, flat, strict=True))
     alone = reader.read(REQUESTS[:2], vectors[1:2], max_new_tokens=3)
     assert alone.completions == reading.completions[1:2]
-    torch.testing.assert_close(alone.grades.product[0], reading.grades.product[1])
+    torch.testing.assert_close(alone.grades.change[0], reading.grades.change[1])

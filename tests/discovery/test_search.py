@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -128,6 +129,7 @@ def test_nothing_found_is_an_answer(model, tokenizer, planted, verdict):
     assert len(found.table) == 0 and "score" in found.table
     assert found.random == float(verdict)
     assert found.explanation.startswith("Nothing found")
+    assert "judge" in found.explanation and "withholds" not in found.explanation
 
 
 def test_no_length_within_the_bound_leaves_nothing(model, tokenizer, planted, says_it):
@@ -157,11 +159,24 @@ def test_a_vector_must_do_more_than_no_vector_and_than_it_does_elsewhere():
     assert is_above(judged, unsteered=0.6, margin=0.05) == [True, True, False, False, True]
 
 
-def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
+def withhold(monkeypatch, share):
+    """Have every unsteered answer withhold this share of what there is to say."""
+    grade = search.Criteria.grade
+
+    def planted(self, *texts):
+        grades = grade(self, *texts)
+        return replace(grades, withheld=torch.full_like(grades.withheld, share))
+
+    monkeypatch.setattr(search.Criteria, "grade", planted)
+
+
+def test_without_a_judge_the_criteria_decide(model, tokenizer, planted, monkeypatch):
+    withhold(monkeypatch, 1.0)
     found = run(model, tokenizer, margin=1e-4)
     read = [row for row in found.candidates.to_dict("records") if not math.isnan(row["score"])]
     for row in read:
-        assert row["score"] <= min(row[name] for name in ("novelty", "fluency", "relevance")) + 1e-6
+        assert row["score"] <= row["change"] <= min(row[name] for name in ("novelty", "fluency", "relevance")) + 1e-6
+        assert row["score"] <= row["withheld"]
         above_nothing = row["held_out"] >= 1e-4
         assert math.isnan(row["elsewhere"]) != above_nothing  # it is read elsewhere only if that can matter
         assert row["found"] == (above_nothing and row["held_out"] >= row["elsewhere"] + 1e-4)
@@ -169,6 +184,20 @@ def test_without_a_judge_the_criteria_decide(model, tokenizer, planted):
             assert row["excess"] == pytest.approx(row["score"] - row["elsewhere"])
     assert found.table["excess"].is_monotonic_decreasing
     assert len(found.table)
+    assert f"{len(found.table)} vectors make the model answer held-out requests" in found.explanation
+
+
+def test_where_nothing_is_withheld_nothing_is_found_and_candidates_rank_what_changes(
+    model, tokenizer, planted, monkeypatch
+):
+    withhold(monkeypatch, 0.0)
+    found = run(model, tokenizer, margin=1e-4)
+    assert len(found.table) == 0
+    assert found.explanation.startswith("Nothing found")
+    assert "The unsteered model withholds 0% of its answers." in found.explanation
+    read = found.candidates.dropna(subset=["score"])
+    assert not any(read["score"]) and all(map(math.isnan, read["elsewhere"]))
+    assert read["change"].is_monotonic_decreasing and read["change"].iloc[0] > 1e-4
 
 
 def test_a_seed_gives_the_same_result_also_for_conversations(model, tokenizer, planted, says_it, found):
