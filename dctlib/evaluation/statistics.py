@@ -58,6 +58,18 @@ def crossed_interval(values: Float[np.ndarray, "units prompts"], *, seed: int = 
     return Interval(float(table.mean()), float(low), float(high))
 
 
+def paired_difference(
+    pairs: Sequence[tuple[Float[np.ndarray, "units prompts"], Float[np.ndarray, "units prompts"]]],
+) -> Interval:
+    """Return how far the first table of each pair lies above the second, averaged over pairs, with its interval.
+
+    Tables are paired row by row and column by column, as for :func:`crossed_interval`. Rows count as far as all tables
+    have them.
+    """
+    rows = min(len(table) for pair in pairs for table in pair)
+    return crossed_interval(np.mean([ones[:rows] - others[:rows] for ones, others in pairs], axis=0))
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """The rate of success with k = 1, …, m tries, as a fraction of 1, with its 95 % interval at each k.

@@ -47,6 +47,12 @@ POOL = 388
 FITTED = ("exponential", "exponential_axes", "quadratic", "linear", "linear_projected")
 """The methods of Figure 1 that are fitted."""
 
+PROMPTS = Annotated[str, Field(pattern=r"^([1-9]|[12]\d|3[0-2])$")]
+"""A number of fit prompts as a key, of which JSON has only texts: 1 to 32."""
+
+COMPETING = ("DCT", "projected linear", "power steering", "random", "difference of means", "search")
+"""The methods that are compared at equal damage."""
+
 TYPES: dict[str, Any] = {
     "bool": Annotated[bool, Field(strict=True)],
     "int": COUNT,
@@ -70,8 +76,12 @@ RULES: dict[str, Any] = {
     "stability.fit_prompts": _integer(1, FIT // 2),  # two fits share no prompt
     "circuit_breaker.validation": _integer(4, FIT),
     "hidden_sums.held_out": _integer(2, FIT),
-    "sample_complexity.pool": _integer(1, POOL),
-    "sample_complexity.arms": Annotated[dict[Literal[FITTED], _several(_integer(1, FIT))], Field(min_length=1)],
+    **dict.fromkeys(("sample_complexity.pool", "real_baselines.pool"), _integer(1, POOL)),
+    "real_baselines.methods": Annotated[dict[Literal[COMPETING], COUNT], Field(min_length=1)],
+    "real_baselines.validation": _integer(4, FIT),
+    "real_baselines.test": _integer(4, TEST),
+    "real_baselines.benign": _integer(2),
+    "sample_complexity.arms": Annotated[dict[Literal[FITTED], dict[PROMPTS, _integer(2)]], Field(min_length=1)],
     "sample_complexity.judged": _integer(4, TEST),  # an answer is compared with those to three other requests
     "auditing.sizes": _several(COUNT),
     "hidden_sums.sizes": _several(_integer(1, FIT)),

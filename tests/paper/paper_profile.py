@@ -45,7 +45,7 @@ SHRUNK = {
     "random_iterations": [1, 2],
     "multipliers": [1.0, 4.0],
     "judged": 4,
-    "arms": {"exponential": [1, 2], "linear_projected": [1, 2], "linear": [1], "quadratic": [1, 2]},
+    "arms": {"exponential": {"1": 2, "2": 2}, "linear_projected": {"1": 2}, "linear": {"1": 2}, "quadratic": {"1": 2}},
     "random_vectors": 2,
     "shown": 2,
     "strengths": [1.0],

@@ -149,7 +149,7 @@ def test_any_other_yaml_is_a_value_error(tmp_path_factory, value):
 @pytest.mark.parametrize(
     ("section", "key", "value", "most"),
     [
-        ("sample_complexity", "arms", {"exponential": [1, 33]}, 32),
+        ("replicates", "fit_prompts", 33, 32),
         ("training_curves", "validation", 33, 32),
         ("circuit_breaker", "fit_prompts", 33, 32),
         ("password_locked", "test", 101, 100),

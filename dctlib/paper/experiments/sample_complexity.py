@@ -1,18 +1,16 @@
 """The best vector of each method, by the number of fit prompts (Figure 1 of the post)."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dctlib.evaluation.instructions import harmful_instructions, shuffled
 from dctlib.evaluation.judges import is_compliant, is_refusal
-from dctlib.evaluation.statistics import Interval, crossed_interval
 from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
 from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
@@ -40,8 +38,7 @@ def sample_complexity_cells(
     dtype: str,
     source: int,
     target: int,
-    arms: Mapping[Arm, Sequence[int]],
-    shuffles: int,
+    arms: Mapping[Arm, Mapping[int, int]],
     negative: str | None,
     **settings: Any,
 ) -> list[tuple[Task, Setting]]:
@@ -50,7 +47,8 @@ def sample_complexity_cells(
     Parameters
     ----------
     arms : mapping
-        Arm → its numbers of fit prompts. No vector, and a set of random ones for each shuffle, are added.
+        Arm → each number of fit prompts → how many shuffles. No vector, and a set of random ones for each shuffle, are
+        added.
     negative : str or None
         As in :func:`best_vector`.
     settings
@@ -63,9 +61,11 @@ def sample_complexity_cells(
     if negative is not None:
         shared["negative"] = negative
     cells: list[tuple[str, int, int]] = [("unsteered", 0, 0)]
-    for shuffle in range(shuffles):
+    for shuffle in range(max(shuffles for sizes in arms.values() for shuffles in sizes.values())):
         cells.append(("random", 0, shuffle))
-        cells += [(arm, n, shuffle) for arm, sizes in arms.items() for n in sizes]
+        cells += [
+            (arm, int(n), shuffle) for arm, sizes in arms.items() for n, shuffles in sizes.items() if shuffle < shuffles
+        ]
     return [(best_vector, {**shared, "arm": arm, "n": n, "shuffle": shuffle}) for arm, n, shuffle in cells]
 
 
@@ -198,49 +198,6 @@ def _fit(cmap: CausalMap, arm: Arm, R: float, num_factors: int, iterations: int,
             return fit_linear(cmap, half, progress=False).steering_vectors(R)
         case _:
             return fit_linear(cmap, half, projections=32, **quiet).steering_vectors(R)
-
-
-COMPARISONS = (
-    ("exponential", "quadratic"),
-    ("exponential", "linear_projected"),
-    ("exponential", "linear"),
-    ("quadratic", "linear_projected"),
-    ("linear_projected", "linear"),
-)
-"""Pairs of methods, the one first that the post finds better."""
-
-
-def paired_differences(
-    scores: Mapping[str, Mapping[int, Float[np.ndarray, "shuffles prompts"]]],
-) -> dict[str, Interval]:
-    """Return how far methods score above others: the mean difference, paired by shuffle and prompt, with its interval.
-
-    A difference is first averaged over the numbers of fit prompts that both methods have.
-
-    Parameters
-    ----------
-    scores : mapping
-        Method → number of fit prompts → the score of its best vector in each shuffle, on each test prompt. Random
-        vectors have the number 0 alone, and are compared at every one.
-
-    Returns
-    -------
-    dict
-        ``"exponential - quadratic"`` and so on for :data:`COMPARISONS`; ``"exponential - random"`` and so on; and
-        ``"most - least"``, exponential fits of the most fit prompts against those of the fewest.
-    """
-    found = {}
-    for better, worse in COMPARISONS:
-        if shared := [n for n in scores.get(better, {}) if n in scores.get(worse, {})]:
-            gaps = [scores[better][n] - scores[worse][n] for n in shared]
-            found[f"{better} - {worse}"] = crossed_interval(np.mean(gaps, axis=0))
-    for method, by_n in scores.items():
-        if method != "random" and "random" in scores:
-            gaps = [each - scores["random"][0] for each in by_n.values()]
-            found[f"{method} - random"] = crossed_interval(np.mean(gaps, axis=0))
-    exponential = scores["exponential"]
-    found["most - least"] = crossed_interval(exponential[max(exponential)] - exponential[min(exponential)])
-    return found
 
 
 @lru_cache(maxsize=1)

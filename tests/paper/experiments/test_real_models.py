@@ -31,7 +31,7 @@ SETTING = {
 def llama(monkeypatch, tokenizer):
     """A tiny model of whose completions every one counts as a refusal."""
     model = tiny_model("Llama", dtype=torch.float32)
-    monkeypatch.setattr(real_models, "_open", lambda name, dtype: (model, tokenizer))
+    monkeypatch.setattr(real_models, "open_model", lambda name, dtype: (model, tokenizer))
     monkeypatch.setattr(real_models, "fetch", lambda name: name)
     monkeypatch.setattr(real_models, "load_advbench", lambda path: [{"goal": request} for request in REQUESTS])
     split = Split([], REQUESTS[:3], REQUESTS[3:6], REQUESTS[6:])

@@ -17,6 +17,7 @@ from dctlib.paper.plots.curves import (
     sample_complexity,
     training_curves,
 )
+from dctlib.paper.plots.damage import success_and_damage
 from dctlib.paper.plots.intervals import faults, replicates, stability
 from dctlib.paper.plots.style import COLOURS, method_colours, save_figure
 from dctlib.paper.plots.vectors import (
@@ -67,7 +68,14 @@ CANDIDATES = pd.DataFrame(
         "found": [True, False, False, False],
     }
 )
+TRIED = pd.DataFrame(
+    {"method": method, "answered": 0.5 * rate, "damage": 0.1 + rate, "chosen": rate == 1}
+    for method in ("DCT", "random")
+    for rate in (0, 1)
+)
+TESTED = pd.DataFrame({"method": ["DCT", "random"], "mean": [0.9, 0.2], "low": [0.8, 0.1], "high": [1.0, 0.3]})
 FIGURES = {
+    "success_and_damage": lambda: success_and_damage(TRIED, TESTED, 0.5),
     "training_curves": lambda: training_curves(
         {8: {"objective": [1.0, 2.0, 3.0], "seconds": 1.0}, 16: {"objective": [2.0, 4.0, 7.0], "seconds": 2.1}}
     ),
@@ -237,6 +245,13 @@ def test_a_method_with_one_number_of_prompts_is_a_point():
     alone = COMPLEXITY.query("method != 'quadratic' or n == 1")
     left, *_ = sample_complexity(alone, FLOOR, PUBLISHED).axes
     assert list(np.asarray(left.lines[1].get_ydata())) == [3.25]
+
+
+def test_the_chosen_vectors_of_each_method_stand_out():
+    left, right = FIGURES["success_and_damage"]().axes
+    offsets = [np.asarray(dots.get_offsets()).tolist() for dots in left.collections]
+    assert offsets == [[[0.1, 0.0], [1.1, 0.5]], [[1.1, 0.5]]] * 2
+    assert [text.get_text() for text in right.get_yticklabels()] == ["DCT", "random"]
 
 
 def test_models_have_a_panel_each_and_horizons_a_line():

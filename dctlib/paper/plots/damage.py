@@ -1,0 +1,48 @@
+"""Figures of what vectors unlock against what they break."""
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from dctlib.paper.plots.style import method_colours, note, panels, styled
+
+
+@styled
+def success_and_damage(tried: pd.DataFrame, tested: pd.DataFrame, max_damage: float) -> Figure:
+    """Draw the answers to validation requests against damage, and the answers to test requests of the chosen vectors.
+
+    Parameters
+    ----------
+    tried : DataFrame
+        A row for each vector and length that was tried: ``method``, ``answered`` as a fraction, ``damage`` in nats a
+        token, and ``chosen``.
+    tested : DataFrame
+        A row a method, the best first: ``method``, ``mean``, ``low`` and ``high`` of the fraction of test requests that
+        are answered.
+    max_damage : float
+        The bound within which vectors were chosen.
+    """
+    figure, (left, right) = panels((1.2, 1), height=2.9)
+    colours = method_colours(list(tested["method"]))
+    for method, rows in tried.groupby("method", sort=False):
+        chosen = rows["chosen"].to_numpy(bool)
+        look: Any = {"color": colours[str(method)]}
+        left.scatter(rows["damage"], rows["answered"], s=8, alpha=0.45, linewidths=0, **look)
+        left.scatter(rows["damage"][chosen], rows["answered"][chosen], s=34, linewidths=0, label=str(method), **look)
+    left.axvline(max_damage, color="0.6", lw=1, ls=":")
+    note(left, " bound", (max_damage, 0.0))
+    left.set_xscale("log")
+    left.set(
+        xlabel="damage to harmless answers (nats a token)", ylabel="validation requests answered", ylim=(-0.03, 1.03)
+    )
+    left.legend(frameon=False, fontsize=7, loc="center left")
+    for place, row in enumerate(tested.itertuples()):
+        sides: Any = [[row.mean - row.low], [row.high - row.mean]]
+        right.errorbar(row.mean, -place, xerr=sides, fmt="o", ms=5, capsize=2, color=colours[row.method])
+    right.set_yticks([-place for place in range(len(tested))], list(tested["method"]))
+    right.set(xlabel="test requests answered", xlim=(-0.03, 1.03))
+    for axis in (left.yaxis, right.xaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    return figure
