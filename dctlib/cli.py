@@ -87,7 +87,8 @@ def discover(
     """Find what a model hides: search for vectors that do something, each at a length that breaks little.
 
     Writes runs/NAME/discover_explorer.html to browse, runs/NAME/discover.json, and vectors/NAME/discover to share.
-    A search is remembered: a second run with another ranking takes seconds. Nothing found is an answer, too.
+    A search is remembered: the same with another ranking takes seconds, and replaces these files. Another search of the
+    model goes to runs/NAME-2, and so on. Nothing found is an answer, too.
 
     Example: python -m dctlib discover --model qwen2.5-coder-0.5b-instruct --prompts harmful
     """
@@ -109,13 +110,7 @@ def discover(
     from dctlib.models.loading import silence_transformers
 
     silence_transformers()
-    paths = DiscoveryPaths(
-        cache=ROOT / ".cache" / name,
-        explorer=ROOT / "runs" / name / "discover_explorer.html",
-        results=ROOT / "runs" / name / "discover.json",
-        shared=ROOT / "vectors" / name / "discover",
-    )
-    found = run_discovery(options, paths)
+    found, paths = run_discovery(options, DiscoveryPaths(ROOT, name))
     print(f"\n{found.explanation}")
     for number, row in enumerate(found.table.to_dict("records")):
         line = truncate(row["says"], min(80, options.shown_characters))

@@ -1,8 +1,10 @@
 """The whole walk from a model and prompts to ranked vectors: what ``python -m dctlib discover`` computes."""
 
+import itertools
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from dctlib.models.blocks import get_blocks
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import chat_model_digest
 from dctlib.models.loading import load_model
-from dctlib.runs.cache import cache_key, remember
+from dctlib.runs.cache import cache_key, read_results, remember
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,71 @@ class DiscoveryPaths:
 
     Attributes
     ----------
-    cache : Path
-        A folder of remembered searches.
-    explorer, results : Path
-        The HTML file to browse, and the JSON file of numbers and excerpts.
-    shared : Path
-        The folder to share, see :func:`dctlib.exchange.hub.save_folder`.
+    root : Path
+        The folder that holds ``.cache``, ``runs`` and ``vectors``.
+    name : str
+        Names the folders in these.
+    number : int
+        From 2 on, it is added to the name, so that several searches lie side by side.
     """
 
-    cache: Path
-    explorer: Path
-    results: Path
-    shared: Path
+    root: Path
+    name: str
+    number: int = 1
+
+    @property
+    def cache(self) -> Path:
+        """A folder of remembered searches, the same for every number."""
+        return self.root / ".cache" / self.name
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the explorer and the results."""
+        return self.root / "runs" / self._numbered
+
+    @property
+    def explorer(self) -> Path:
+        """The HTML file to browse."""
+        return self.runs / "discover_explorer.html"
+
+    @property
+    def results(self) -> Path:
+        """The JSON file of numbers and excerpts."""
+        return self.runs / "discover.json"
+
+    @property
+    def shared(self) -> Path:
+        """The folder to share, see :func:`dctlib.exchange.hub.save_folder`."""
+        return self.root / "vectors" / self._numbered / "discover"
+
+    @property
+    def _numbered(self) -> str:
+        return self.name if self.number == 1 else f"{self.name}-{self.number}"
+
+    def for_search(self, key: str) -> "DiscoveryPaths":
+        """Return the places with the lowest number that hold the search of this key, or nothing yet."""
+        numbered = (replace(self, number=number) for number in itertools.count(self.number))
+        return next(
+            each
+            for each in numbered
+            if _search_of(each.results) == key or not (each.results.exists() or each.shared.exists())
+        )
 
 
-def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool = True) -> FoundVectors:
+def discover(
+    options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool = True
+) -> tuple[FoundVectors, DiscoveryPaths]:
     """Search for the steering vectors of a model, and write what was found to `paths`.
 
     The steps are those of notebooks/discover.ipynb. A search is remembered in ``paths.cache``, so that another ranking
-    of the same vectors takes seconds.
+    of the same vectors takes seconds, and it replaces the files of that search. Another search leaves them alone and
+    writes to the next number that is free.
+
+    Returns
+    -------
+    found : FoundVectors
+    paths : DiscoveryPaths
+        Where they were written.
 
     Raises
     ------
@@ -67,7 +115,8 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
     )
     check_replaceable(paths.shared)
     announce(f"load {options.model}")
-    model, tokenizer = load_model(options.model, dtype=options.dtype)
+    device = None if options.device == "auto" else options.device
+    model, tokenizer = load_model(options.model, device=device, dtype=options.dtype)
     source, target = choose_slice(len(get_blocks(model)), options.source, options.target)
     texts = format_chat(tokenizer, [*fitted, *validation], **options.chat)[: len(fitted)]
     settings: dict[str, Any] = {
@@ -76,14 +125,20 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
         **options.model_dump(include={*SearchOptions.model_fields, "num_factors", "seed"}),
     }
     inputs = {"model": chat_model_digest(model, tokenizer), "fit": fitted, "validation": validation}
-    announce(f"search {source} → {target}: fit {len(fitted)} instructions, validate on {len(validation)} others")
     key = cache_key("search", SEARCH_VERSION, inputs | settings | {"chat": options.chat})
-    settings |= {"progress": progress, **options.chat}
-    result = remember(
-        paths.cache,
-        key,
-        lambda: search_vectors(model, tokenizer, fit=fitted, validation=validation, **settings).to_result(),
-    )
+    first, paths = paths, paths.for_search(key)
+    check_replaceable(paths.shared)
+    if paths != first:
+        announce(f"{_shown(first.runs)} holds another search, so this one goes to {_shown(paths.runs)}")
+
+    def search() -> dict[str, Any]:
+        announce(f"search {source} → {target}: fit {len(fitted)} instructions, validate on {len(validation)} others")
+        options_of_search = settings | {"progress": progress, **options.chat}
+        return search_vectors(model, tokenizer, fit=fitted, validation=validation, **options_of_search).to_result()
+
+    if stored := read_results(paths.cache, [key]):
+        announce(f"this search is remembered: only its vectors are ranked again, by {options.rank_by}")
+    result = stored.get(key) or remember(paths.cache, key, search)
     found = FoundVectors.from_result(result).sorted_by(options.rank_by)
 
     cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
@@ -96,14 +151,27 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool 
         validation,
         shown_characters=options.shown_characters,
         hide=any(map(is_refusal, found.unsteered)),
-        shared=SharedPlace(os.path.relpath(paths.shared), options.model, source, options.chat),
+        shared=SharedPlace(_shown(paths.shared), options.model, source, options.chat),
     )
+    # The results first, because they say whose files these are.
+    write_json(paths.results, {"search": key, "options": options.model_dump(), "target": target, **found.summary()})
     rows = found.table.to_dict("records")
     facts = {"layer": source, "model": name, "revision": revision, "architecture": model.config.model_type}
     save_folder(paths.shared, found.vectors, rows, **facts, texts=texts)
-    write_json(paths.results, {"options": options.model_dump(), "target": target, **found.summary()})
     write_explorer(paths.explorer, page)
-    return found
+    return found, paths
+
+
+def _search_of(results: Path) -> str | None:
+    """Return the key of the search that a file of results comes from, or None if it names none."""
+    try:
+        return json.loads(results.read_text(encoding="utf-8")).get("search")
+    except (OSError, ValueError):
+        return None
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path)
 
 
 def describe(options: DiscoverOptions, found: FoundVectors, target: int) -> dict[str, str]:

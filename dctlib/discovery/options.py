@@ -1,10 +1,11 @@
 """Options of ``discover``: the one source of the command line's, the notebook's and the profiles' names and bounds."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 def chat_options(system: str | None, template_arguments: Sequence[str]) -> dict[str, Any]:
@@ -109,7 +110,15 @@ class DiscoverOptions(SearchOptions):
     dtype: Literal["native", "float32", "bfloat16"] = Field(
         "native", description="native (bfloat16 where it is faster), float32 or bfloat16."
     )
+    device: str = Field("auto", description="auto (CUDA where there is one, else the CPU), cpu, cuda, or cuda:1 say.")
     seed: int = Field(0, ge=0, strict=True, description="Seed of all random directions.")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError(f"got {value!r}, expected auto, cpu, cuda or cuda:NUMBER")
+        return value
 
     @model_validator(mode="after")
     def _agree(self) -> "DiscoverOptions":

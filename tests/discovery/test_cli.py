@@ -81,16 +81,63 @@ def test_discover_runs_without_the_papers_packages_and_another_ranking_computes_
         run(*arguments, "--rank-by", "damage")
     assert stopped.value.code == 0
     assert sorted(path.name for path in (tmp_path / ".cache/tiny").iterdir()) == remembered
-    assert "stage" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "stage" not in told
+    assert "this search is remembered: only its vectors are ranked again, by damage" in told
     again = json.loads((tmp_path / "runs/tiny/discover.json").read_text())
     damage = [row["damage"] for row in again["readings"]]
     assert damage == sorted(damage)
     assert sorted(damage) == sorted(row["damage"] for row in results["readings"])
 
 
+def test_another_search_of_the_model_leaves_the_first_alone(arguments, tmp_path, run, capsys):
+    def searched(*more):
+        with pytest.raises(SystemExit):
+            run(*arguments, *more)
+        return capsys.readouterr()
+
+    def files(name):
+        folders = [tmp_path / "runs" / name, tmp_path / "vectors" / name]
+        return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+    assert "another search" not in searched().err
+    first = files("tiny")
+    told = searched("--seed", "1")
+    assert "runs/tiny holds another search, so this one goes to runs/tiny-2\n" in told.err
+    assert "vectors/tiny-2/discover 0 --to gguf" in told.out
+    assert files("tiny") == first
+    second = files("tiny-2")
+    assert len(second) == len(first) > 5
+    assert "vectors/tiny-2/discover" in (tmp_path / "runs/tiny-2/discover_explorer.html").read_text()
+
+    searched("--seed", "1")  # each search finds its own files again
+    searched()
+    (tmp_path / "mine.txt").write_text("\n".join(f"w{i} w{i + 2}" for i in range(8)))
+    assert "goes to runs/tiny-3\n" in searched().err  # the same options, other prompts
+    assert (files("tiny"), files("tiny-2")) == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], None), (["--device", "auto"], None), (["--device", "cpu"], "cpu")]
+)
+def test_the_model_is_loaded_on_the_device_that_is_named(arguments, run, monkeypatch, given, expected):
+    class Enough(Exception):
+        pass
+
+    def record(name, **options):
+        assert options == {"device": expected, "dtype": "float32"}
+        raise Enough
+
+    monkeypatch.setattr("dctlib.discovery.discover.load_model", record)
+    with pytest.raises(Enough):
+        run(*arguments, *given)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--device", "gpu"], "discover: device: got 'gpu', expected auto, cpu, cuda or cuda:NUMBER"),
+        (["--device", "cuda:99"], "got device 'cuda:99', which this machine and this torch lack"),
         (["--source", "5"], "discover: give both source and target"),
         (["--source", "5", "--target", "5"], "discover: source=5 must lie below target=5"),
         (["--num-factors", "0"], "discover: num_factors = 0: Input should be greater than or equal to 1"),
