@@ -10,6 +10,9 @@ import pytest
 import yaml
 
 from dctlib._io import ROOT
+from dctlib.discovery.options import DiscoverOptions
+from dctlib.discovery.snippets import SharedPlace
+from dctlib.evaluation.instructions import split_instructions
 from dctlib.evaluation.refusals import is_refusal
 from dctlib.paper.claims import RULES, Verdict, compare_with_published
 
@@ -266,6 +269,21 @@ def test_the_first_example_ends_a_refusal(capsys):
     before, after = [line.split(":", 1) for line in capsys.readouterr().out.splitlines()]
     assert (before[0], after[0]) == ("before", "after")
     assert is_refusal(before[1]) and not is_refusal(after[1])
+
+
+def test_the_worked_example_has_requests_enough_for_the_defaults_of_discover():
+    page = (ROOT / "docs" / "example.md").read_text(encoding="utf-8")
+    (requests,) = re.findall(r"<<'END'\n(.*?)END\n", page, re.DOTALL)
+    options = DiscoverOptions(**{"model": "m", "prompts": requests.splitlines()})
+    fitted, held_out = split_instructions(options.prompts, fit=options.fit_prompts, held_out=options.validation)
+    assert fitted + held_out == requests.splitlines()
+    assert f"with {len(fitted + held_out)} instructions in a text file" in README
+    shown = page.split("```python")[1].split("```")[0]
+    (asked,) = re.findall(r'format_chat\(tokenizer, \["(.*?)"\]\)', shown)
+    assert asked not in requests
+    place = SharedPlace("vectors/everyday/discover", "qwen2.5-coder-0.5b-instruct", 8)
+    assert place.python(3, 4.43).replace("Write your request here.", asked) == shown.strip()
+    assert place.export(3) in page
 
 
 def test_the_readme_is_short():

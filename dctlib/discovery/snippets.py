@@ -1,5 +1,6 @@
 """What a reader copies to use one vector of a discovery: Python that steers with it, and the command to export it."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +9,8 @@ from typing import Any
 _PYTHON = """from dctlib import format_chat, generate_completions, load_model, steer
 from dctlib.exchange.hub import load_folder
 
-model, tokenizer = load_model({model!r})
-shared = load_folder({folder!r})
+model, tokenizer = load_model({model})
+shared = load_folder({folder})
 requests = format_chat(tokenizer, ["Write your request here."]{chat})
 with steer(model, layer={layer}, vector=shared.vectors[{number}]):  # at its own length, {length:.3g}
     print(generate_completions(model, tokenizer, requests, max_new_tokens=64)[0])"""
@@ -39,7 +40,8 @@ class SharedPlace:
     def python(self, number: int, length: float) -> str:
         """Return a program that steers with the vector at place `number` of the folder, whose length is `length`."""
         chat = f", **{dict(self.chat)!r}" if self.chat else ""
-        values = {"model": self.model, "folder": self.folder, "layer": self.layer, "chat": chat}
+        model, folder = (json.dumps(text, ensure_ascii=False) for text in (self.model, self.folder))
+        values = {"model": model, "folder": folder, "layer": self.layer, "chat": chat}
         return _PYTHON.format(**values, number=number, length=length)
 
     def export(self, number: int) -> str:

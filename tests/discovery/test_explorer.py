@@ -119,7 +119,7 @@ def test_each_vector_that_was_found_has_code_with_its_own_place_layer_and_length
     assert list(run.snippets) == [2, 0]
     python, command = run.snippets[2]
     compile(python, "snippet", "exec")
-    assert "load_model('owner/model@1')" in python
+    assert 'load_model("owner/model@1")' in python
     assert 'load_folder("vectors/it\'s mine")' in python
     assert "steer(model, layer=7, vector=shared.vectors[0]):  # at its own length, 3\n" in python
     assert "**{'system': 'Be brief.'})" in python
