@@ -38,7 +38,7 @@ def sample_complexity_cells(
     dtype: str,
     source: int,
     target: int,
-    arms: Mapping[Arm, Mapping[int, int]],
+    arms: Mapping[Arm, Mapping[str, int]],
     negative: str | None,
     **settings: Any,
 ) -> list[tuple[Task, Setting]]:

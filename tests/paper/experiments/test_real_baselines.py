@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from dctlib.paper.experiments import real_baselines
 from dctlib.paper.experiments.real_baselines import _choose, at_equal_damage, real_baselines_cells
 
 REQUESTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(40)]
-SETTING = {
+SETTING: dict[str, Any] = {
     "model": {"model": "tiny", "sha256": "0", "conversion": 1, "dtype": "float32"},
     "slice_ends": {"source": 1, "target": 3},
     "fits": {"nonlinearity": 0.3, "num_factors": 4, "iterations": 1},
@@ -53,7 +54,7 @@ def test_no_vector_does_no_damage(llama):
 
 def test_an_unknown_method_is_named(llama):
     with pytest.raises(ValueError, match="got method='prayer', expected one of"):
-        at_equal_damage(**SETTING, method="prayer", shuffle=0)
+        at_equal_damage(**SETTING | {"method": "prayer"}, shuffle=0)
 
 
 def test_chosen_is_the_most_answers_within_the_bound_then_the_least_damage():
@@ -65,7 +66,7 @@ def test_chosen_is_the_most_answers_within_the_bound_then_the_least_damage():
 
 def test_cells_go_shuffle_by_shuffle_and_need_no_model():
     names = ("fit_prompts", "pool", "validation", "test", "benign", "supervised", "num_factors", "iterations")
-    rest = dict.fromkeys(names, 4) | {"nonlinearity": 0.5, "source": 9, "target": 18, "seed": 0}
+    rest: dict[str, Any] = dict.fromkeys(names, 4) | {"nonlinearity": 0.5, "source": 9, "target": 18, "seed": 0}
     cells = real_baselines_cells(
         "qwen2.5-coder-1.5b-instruct", dtype="bfloat16", methods={"DCT": 2, "search": 1}, **rest
     )

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from dctlib.paper.experiments import sample_complexity
 from dctlib.paper.experiments.sample_complexity import best_vector, sample_complexity_cells
 
 REQUESTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(30)]
-SETTING = {
+SETTING: dict[str, Any] = {
     "model": {"model": "tiny", "sha256": "0", "conversion": 1, "dtype": "float32"},
     "slice_ends": {"source": 1, "target": 3},
     "nonlinearity": 0.3,
@@ -82,12 +83,12 @@ def test_only_instructions_that_are_refused_are_drawn(llama, monkeypatch):
 
 def test_cells_need_no_model_and_their_keys_do_not_depend_on_how_many_shuffles_there_are():
     names = ("fit_prompts", "pool", "validation", "test", "judged")
-    rest = dict.fromkeys(names, 4) | {"source": 9, "target": 18, "negative": None, "seed": 0}
+    rest: dict[str, Any] = dict.fromkeys(names, 4) | {"source": 9, "target": 18, "negative": None, "seed": 0}
     few, more = (
         sample_complexity_cells(
             "qwen2.5-coder-1.5b-instruct",
             dtype="bfloat16",
-            arms={"exponential": {1: k, "4": k}, "linear": {1: 2}},
+            arms={"exponential": {"1": k, "4": k}, "linear": {"1": 2}},
             **rest,
         )
         for k in (2, 3)
