@@ -53,8 +53,9 @@ def test_no_vector_does_no_damage(llama):
 
 
 def test_an_unknown_method_is_named(llama):
+    prayed: dict[str, Any] = SETTING | {"method": "prayer"}
     with pytest.raises(ValueError, match="got method='prayer', expected one of"):
-        at_equal_damage(**SETTING | {"method": "prayer"}, shuffle=0)
+        at_equal_damage(**prayed, shuffle=0)
 
 
 def test_chosen_is_the_most_answers_within_the_bound_then_the_least_damage():
