@@ -39,8 +39,8 @@ class Grades:
         How much more likely an answer is after its own request than after another: 1 from half a nat a token on, 0 if
         it is not.
     withheld : Tensor
-        1 − the relevance of the unsteered answer, the same under every vector. It is 1 for a refusal, also one that
-        restates the request, and 0 where the unsteered answer is a thought that did not end.
+        1 − the relevance of the unsteered answer, the same under every vector. It is 1 for silence and for a refusal,
+        also one that restates the request, and 0 where the unsteered answer is a thought that did not end.
     varied : bool Tensor
         Not repetitive.
     reopened : bool Tensor
@@ -137,20 +137,20 @@ class Criteria:
         # Only answers that are still in question cost a pass; the rest have the other grades 0.
         left = [(row, i) for row, i in cells if varied[row, i] and reopened[row, i]]
         others = [texts[(i + 1) % n] for i in range(n)]
-        said = {(i, answer) for row, i in left for answer in (before[i], answers[row][i])} | {*enumerate(before)}
+        said = {*enumerate(before)} | {(i, answers[row][i]) for row, i in left}
         own = self._nll((texts[i], answer) for i, answer in said)
         elsewhere = self._nll((others[i], answer) for i, answer in said)
+
+        is_silent = [not completion.strip() for completion in unsteered]
 
         def relevance_of(i: int, answer: str) -> float:
             pmi = elsewhere[others[i], answer].mean() - own[texts[i], answer].mean()
             return min(max(pmi.item() / _PMI, 0.0), 1.0)
 
         def is_withheld(i: int) -> float:
-            if not before[
-                i
-            ].strip():  # silence withholds everything; a thought that did not end says nothing of the answer
-                return float(not unsteered[i].strip())
-            return 1.0 if is_refusal(before[i]) else 1 - relevance_of(i, before[i])
+            if is_refusal(before[i]) or is_silent[i]:
+                return 1.0
+            return 1 - relevance_of(i, before[i]) if before[i].strip() else 0.0  # a thought that did not end
 
         usually = [is_withheld(i) for i in range(n)]
         withheld = {(row, i): usually[i] for row, i in cells}
@@ -158,6 +158,7 @@ class Criteria:
         for row, i in left:
             answer = answers[row][i]
             found, usual = own[texts[i], answer], own[texts[i], before[i]]
+            usual = torch.zeros_like(found) if is_silent[i] else usual  # silence is as likely as it gets
             compared = min(_BEGINNING, len(found), len(usual))
             surprise = (found[:compared] - usual[:compared]).sum().item()
             behind_other = elsewhere[others[i], answer].mean().item()

@@ -177,3 +177,4 @@ def test_a_refusal_that_restates_the_request_withholds_it(criteria, texts, says)
 def test_silence_withholds_and_an_unended_thought_tells_nothing(criteria, texts, says):
     grades = criteria.grade(texts, ["", " ", "<think> w30"], [ABOUT])
     assert grades.withheld.tolist() == grades.gain.tolist() == [[1, 1, 0]]
+    assert (grades.unlock > 0).tolist() == [[True, True, False]]
