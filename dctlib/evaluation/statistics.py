@@ -39,16 +39,17 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
 def crossed_interval(values: Float[np.ndarray, "units prompts"], *, seed: int = 0) -> Interval:
     """Return the mean of a table with its 95 % interval over rows and columns: both are resampled at once.
 
-    Rows are shuffles, seeds or organisms, and columns are prompts that all rows share.
+    Rows are shuffles, seeds or organisms, and columns are prompts that all rows share. A single row says nothing about
+    other rows, so its interval is over columns alone.
 
     Raises
     ------
     ValueError
-        If there are fewer than two rows, or no columns.
+        If there are no two values to resample.
     """
     table = np.asarray(values, dtype=float)
-    if table.ndim != 2 or table.shape[0] < 2 or not table.size:
-        raise ValueError(f"got a table of shape {table.shape}, expected at least 2 rows, and columns")
+    if table.ndim != 2 or table.size < 2:
+        raise ValueError(f"got a table of shape {table.shape}, expected rows and columns with at least 2 values")
     rows, columns = table.shape
     rng = np.random.default_rng(seed)
     of_rows = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows

@@ -39,8 +39,8 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
 
     The names of the template are every figures/<profile>/<stem>.json under its stem; ``published``
     (writeup/published.yaml); ``replications`` (stem → :class:`dctlib.paper.claims.Replication`, the headline claims
-    first); ``params`` and ``profile``; ``study``, every figures/study/<stem>.json, and ``study_params``; ``authors``
-    (CITATION.cff); and ``revision``, the commit of the sources and its date, or None. Citations are resolved from
+    first); ``params`` and ``profile``; ``study``, every figures/study/<stem>.json, with ``study_params`` and
+    ``study_replications``; ``authors`` (CITATION.cff); and ``revision``, the commit of the sources and its date, or None. Citations are resolved from
     writeup/references.bib.
 
     Returns
@@ -59,6 +59,7 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
     metrics = dict(_metrics(root / "figures" / profile))
     replicated = {stem: compare_with_published(stem, metrics[stem]) for stem in RULES if stem in metrics}
     params = load_profile(profile, root)
+    study = dict(_metrics(root / "figures" / "study"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(root / "writeup"),
         undefined=jinja2.StrictUndefined,
@@ -78,7 +79,8 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
             params=params,
             profile=profile,
             figures=f"../../figures/{profile}",
-            study=dict(_metrics(root / "figures" / "study")),
+            study=study,
+            study_replications={stem: compare_with_published(stem, study[stem]) for stem in RULES if stem in study},
             study_params=load_profile("study", root),
             authors=_authors(),
             revision=_revision(root),

@@ -1,13 +1,20 @@
 from dataclasses import astuple
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from dctlib.evaluation.statistics import interval, pass_at_k, success_at_k
+from dctlib.evaluation.statistics import (
+    crossed_interval,
+    interval,
+    paired_difference,
+    pass_at_k,
+    success_at_k,
+)
 
 
 def successes(m, n, seed, rate=0.3):
@@ -118,3 +125,28 @@ def test_interval_covers_the_mean_and_narrows():
 def test_one_value_has_no_interval():
     with pytest.raises(ValueError, match="at least 2"):
         interval([1.0])
+
+
+def test_an_interval_over_rows_and_columns_is_wider_than_over_either():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(6, 1)) + rng.normal(size=(1, 9))
+    both = crossed_interval(table)
+    assert both.mean == pytest.approx(table.mean()) and both.low < both.mean < both.high
+    over_rows = crossed_interval(np.repeat(table.mean(1, keepdims=True), 9, axis=1))
+    over_columns = crossed_interval(table.mean(0, keepdims=True))
+    widths = [each.high - each.low for each in (both, over_rows, over_columns)]
+    assert widths[0] > max(widths[1:])
+    assert widths[0] == pytest.approx(np.hypot(*widths[1:]), rel=0.1), "variances of independent draws add up"
+    assert over_columns.low == pytest.approx(interval(table.mean(0).tolist()).low, abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (0, 4), (4, 0)])
+def test_a_table_without_two_values_has_no_interval(shape):
+    with pytest.raises(ValueError, match="expected rows and columns with at least 2 values"):
+        crossed_interval(np.zeros(shape))
+
+
+def test_tables_are_paired_as_far_as_all_have_rows():
+    ones, others = np.array([[3.0, 5.0], [4.0, 6.0], [90.0, 90.0]]), np.array([[1.0, 2.0], [2.0, 3.0]])
+    found = paired_difference([(ones, others), (others, others)])
+    assert found.mean == pytest.approx(np.mean([[1.0, 1.5], [1.0, 1.5]]))
