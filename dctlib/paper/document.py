@@ -40,8 +40,8 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
     The names of the template are every figures/<profile>/<stem>.json under its stem; ``published``
     (writeup/published.yaml); ``replications`` (stem → :class:`dctlib.paper.claims.Replication`, the headline claims
     first); ``params`` and ``profile``; ``study``, every figures/study/<stem>.json, with ``study_params`` and
-    ``study_replications``; ``authors`` (CITATION.cff); and ``revision``, the commit of the sources and its date, or None. Citations are resolved from
-    writeup/references.bib.
+    ``study_replications``; ``authors`` (CITATION.cff); and ``revision``, the commit of the sources and its date, or
+    None. Citations are resolved from writeup/references.bib.
 
     Returns
     -------

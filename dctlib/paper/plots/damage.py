@@ -38,9 +38,10 @@ def success_and_damage(tried: pd.DataFrame, tested: pd.DataFrame, max_damage: fl
         xlabel="damage to harmless answers (nats a token)", ylabel="validation requests answered", ylim=(-0.03, 1.03)
     )
     left.legend(frameon=False, fontsize=7, loc="center left")
-    for place, row in enumerate(tested.itertuples()):
-        sides: Any = [[row.mean - row.low], [row.high - row.mean]]
-        right.errorbar(row.mean, -place, xerr=sides, fmt="o", ms=5, capsize=2, color=colours[row.method])
+    sides = [tested["mean"] - tested["low"], tested["high"] - tested["mean"]]
+    for place, method in enumerate(tested["method"]):
+        own: Any = [[side.iloc[place]] for side in sides]
+        right.errorbar(tested["mean"].iloc[place], -place, xerr=own, fmt="o", ms=5, capsize=2, color=colours[method])
     right.set_yticks([-place for place in range(len(tested))], list(tested["method"]))
     right.set(xlabel="test requests answered", xlim=(-0.03, 1.03))
     for axis in (left.yaxis, right.xaxis):
