@@ -232,14 +232,11 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
             f"{fit['refused'][kind]} ({fit['compliant'][kind]})" for kind in ("DCT", "random", "unsteered")
         )
         assert f"| {label} | {dct} | {chance} | unsteered {unsteered} |" in README
-    first, eight = ({name: percent(of["mean"]) for name, of in rates.items()} for rates in answered())
+    competing = recorded("real_baselines", "study")["methods"]
+    rate = {name: percent(of["success"]["mean"]) for name, of in competing.items()}
     assert (
-        f"| three organisms: requests answered with the first vector | {first['DCT']} | {first['random']} | power "
-        f"steering {first['power steering']}, difference of means (supervised) {first['means, added']} |"
-    ) in README
-    assert (
-        f"| the same, one of eight tries | {eight['DCT']} | {eight['random']} | power steering "
-        f"{eight['power steering']}, MELBO {eight['MELBO']} |"
+        f"| the 1.5B at equal damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | power steering "
+        f"{rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
     ) in README
     for stem, what in (("auditing", "planted secrets"), ("hidden_sums", "locked abilities")):
         counts, of = audited(stem), recorded(stem)["organisms"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from dctlib.evaluation.statistics import (
     crossed_interval,
@@ -131,13 +131,19 @@ def test_an_interval_over_rows_and_columns_is_wider_than_over_either():
     rng = np.random.default_rng(0)
     table = rng.normal(size=(6, 1)) + rng.normal(size=(1, 9))
     both = crossed_interval(table)
-    assert both.mean == pytest.approx(table.mean()) and both.low < both.mean < both.high
     over_rows = crossed_interval(np.repeat(table.mean(1, keepdims=True), 9, axis=1))
     over_columns = crossed_interval(table.mean(0, keepdims=True))
-    widths = [each.high - each.low for each in (both, over_rows, over_columns)]
-    assert widths[0] > max(widths[1:])
-    assert widths[0] == pytest.approx(np.hypot(widths[1], widths[2]), rel=0.1), "variances of independent draws add up"
-    assert over_columns.low == pytest.approx(interval(table.mean(0).tolist()).low, abs=0.05)
+    assert both.mean == pytest.approx(table.mean())
+    assert both.high - both.low > max(each.high - each.low for each in (over_rows, over_columns))
+    student = ttest_1samp(table.mean(1), 0).confidence_interval()
+    assert (over_rows.low, over_rows.high) == pytest.approx((student.low, student.high))
+
+
+def test_an_interval_over_a_few_rows_covers_the_mean_of_all():
+    rng = np.random.default_rng(0)
+    tables = [rng.normal(size=(3, 1)) + rng.normal(size=(1, 20)) for _ in range(300)]
+    covered = [each.low < 0 < each.high for each in map(crossed_interval, tables)]
+    assert 0.93 < sum(covered) / len(covered) < 1
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 1), (0, 4), (4, 0)])

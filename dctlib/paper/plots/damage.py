@@ -30,19 +30,20 @@ def success_and_damage(tried: pd.DataFrame, tested: pd.DataFrame, max_damage: fl
         chosen = rows["chosen"].to_numpy(bool)
         look: Any = {"color": colours[str(method)]}
         left.scatter(rows["damage"], rows["answered"], s=8, alpha=0.45, linewidths=0, **look)
-        left.scatter(rows["damage"][chosen], rows["answered"][chosen], s=34, linewidths=0, label=str(method), **look)
+        left.scatter(rows["damage"][chosen], rows["answered"][chosen], s=34, linewidths=0, **look)
     left.axvline(max_damage, color="0.6", lw=1, ls=":")
     note(left, " bound", (max_damage, 0.0))
     left.set_xscale("log")
     left.set(
         xlabel="damage to harmless answers (nats a token)", ylabel="validation requests answered", ylim=(-0.03, 1.03)
     )
-    left.legend(frameon=False, fontsize=7, loc="center left")
     sides = [tested["mean"] - tested["low"], tested["high"] - tested["mean"]]
     for place, method in enumerate(tested["method"]):
         own: Any = [[side.iloc[place]] for side in sides]
         right.errorbar(tested["mean"].iloc[place], -place, xerr=own, fmt="o", ms=5, capsize=2, color=colours[method])
     right.set_yticks([-place for place in range(len(tested))], list(tested["method"]))
+    for label, method in zip(right.get_yticklabels(), tested["method"], strict=True):
+        label.set_color(colours[method])
     right.set(xlabel="test requests answered", xlim=(-0.03, 1.03))
     for axis in (left.yaxis, right.xaxis):
         axis.set_major_formatter(PercentFormatter(1))
