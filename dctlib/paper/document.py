@@ -88,6 +88,7 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
     except jinja2.UndefinedError as error:
         raise ValueError(f"writeup/{document}.md needs a number that figures/{profile}/ lacks: {error}") from error
     folder = root / "writeup" / profile
+    prose = _link_notebooks(prose, folder)
     citations = ["--citeproc", f"--bibliography={root / 'writeup' / 'references.bib'}", "--metadata=link-citations"]
     html, pdf = folder / f"{document}.html", folder / f"{document}.pdf"
     with atomic_path(html) as partial:
@@ -140,6 +141,15 @@ def markdown_text(value: str) -> str:
     """Escape a model's text for Markdown and HTML, and let very long words break."""
     words = re.sub(r"(\S{24})(?=\S)", "\\1\u200b", " ".join(value.split()))
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>~^$&@'\"" else c for c in words)
+
+
+def _link_notebooks(prose: str, folder: Path) -> str:
+    """Let links to pages of notebooks that no run has left yet lead to the notebooks."""
+
+    def target(link: re.Match[str]) -> str:
+        return link[0] if (folder / link[1]).exists() else f"](../../notebooks/{Path(link[1]).stem}.ipynb)"
+
+    return re.sub(r"\]\((notebooks/\w+\.html)\)", target, prose)
 
 
 def _metrics(folder: Path) -> Iterator[tuple[str, Any]]:

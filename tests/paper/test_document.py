@@ -7,7 +7,7 @@ import time
 import pytest
 
 from dctlib._io import ROOT
-from dctlib.paper.document import _revision, markdown_text, number, percent, row, write_report
+from dctlib.paper.document import _link_notebooks, _revision, markdown_text, number, percent, row, write_report
 
 
 @pytest.fixture
@@ -109,3 +109,11 @@ def test_formats():
     assert number(0.0) == number(-0.04) == "0.0"
     assert percent(0.935) == "94\u00a0%"
     assert markdown_text("a*b\n<c>") == r"a\*b \<c\>"
+
+
+def test_a_page_that_no_run_has_left_is_linked_as_its_notebook(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "there.html").touch()
+    links = "[Notebook](notebooks/there.html) and [Notebook](notebooks/missing.html)"
+    expected = "[Notebook](notebooks/there.html) and [Notebook](../../notebooks/missing.ipynb)"
+    assert _link_notebooks(links, tmp_path) == expected
