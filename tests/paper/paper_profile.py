@@ -122,7 +122,7 @@ def tiny_model(architecture: str, vocabulary: int):
 
 def swapped(value, folder: Path, key: str = ""):
     """paper.yaml with counts shrunk and every model's name replaced by its stand-in's folder."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and key not in SHRUNK:
         return {k: swapped(v, folder, k) for k, v in value.items()}
     if key == "models":
         return [swapped(name, folder, "model") for name in value]
