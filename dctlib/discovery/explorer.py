@@ -132,8 +132,7 @@ class Exploration:
         snippets: dict[int, tuple[str, str]] = {}
         if shared:
             lengths = found.table["length"].tolist()
-            rows = found.candidates.index[found.candidates["found"].to_numpy(bool)].tolist()
-            for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            for number, (row, length) in enumerate(zip(found.rows, lengths, strict=True)):
                 snippets[row] = shared.python(number, length), shared.export(number)
         order = found.candidates.index.tolist()
         table = found.candidates.astype({"found": int}).reset_index(names="vector")

@@ -66,12 +66,12 @@ class FoundVectors:
     @property
     def vectors(self) -> Float[Tensor, "k d"]:
         """The vectors found, each at its own length: ``steer(model, layer=found.layer, vector=found.vectors[0])``."""
-        return self.directions[self._rows()]
+        return self.directions[self.rows]
 
     @property
     def table(self) -> pd.DataFrame:
         """A row for each of :attr:`vectors`: the columns of :attr:`candidates` but for the first and the last."""
-        return pd.DataFrame(self.candidates.loc[self._rows(), COLUMNS]).reset_index(drop=True)
+        return pd.DataFrame(self.candidates.loc[self.rows, COLUMNS]).reset_index(drop=True)
 
     @property
     def random(self) -> float:
@@ -82,11 +82,13 @@ class FoundVectors:
 
     def sorted_by(self, column: str) -> "FoundVectors":
         """Return the same with the vectors found sorted by a column, the best first, which of damage is the least."""
-        found = self.candidates.loc[self._rows()].sort_values(by=[column], ascending=column == "damage", kind="stable")
+        found = self.candidates.loc[self.rows].sort_values(by=[column], ascending=column == "damage", kind="stable")
         others = self.candidates.index.drop(found.index)
         return replace(self, candidates=self.candidates.loc[[*found.index, *others]])
 
-    def _rows(self) -> list[int]:
+    @property
+    def rows(self) -> list[int]:
+        """The rows of ``directions`` that :attr:`vectors` are, in their order."""
         return self.candidates.index[self.candidates["found"].to_numpy(bool)].tolist()
 
     def summary(self) -> dict[str, Any]:

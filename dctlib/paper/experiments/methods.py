@@ -123,12 +123,16 @@ def search_map(
     texts = format_chat(tokenizer, instructions)
     cmap = PassCounter(CausalMap.from_model(loaded, tokenizer, texts, source=source, target=target))
     started = time.perf_counter()
-    vectors = _search(cmap, method, input_scale, settings)
+    vectors = find_vectors(cmap, method, input_scale, **settings)
     seconds = time.perf_counter() - started
     return {"vectors": vectors, "seconds": seconds, "forward": cmap.forward, "backward": cmap.backward}
 
 
-def _search(cmap: DifferentiableMap, method: Method, R: float, settings: dict[str, Any]) -> Float[Tensor, "k d"]:
+def find_vectors(cmap: DifferentiableMap, method: Method, R: float, **settings: Any) -> Float[Tensor, "k d"]:
+    """Return the vectors of one method, of length R and with both signs where it leaves them open.
+
+    `settings` are those of :func:`search_map`.
+    """
     match method:
         case "exponential":
             return fit_exponential(cmap, input_scale=R, **settings, progress=False).steering_vectors()

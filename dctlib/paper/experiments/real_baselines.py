@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,23 +14,20 @@ from dctlib.discovery.damage import measure_damage, unsteered_answers
 from dctlib.discovery.search import search_vectors
 from dctlib.evaluation.instructions import benign_split, harmful_instructions, shuffled
 from dctlib.evaluation.judges import fraction_true, is_compliant
-from dctlib.fits.baselines import difference_of_means, random_vectors
-from dctlib.fits.power_steering import power_steering
-from dctlib.fits.solvers import fit_exponential, fit_linear
+from dctlib.fits.baselines import difference_of_means
 from dctlib.maps.causal import CausalMap
 from dctlib.maps.orthogonalise import normalise
 from dctlib.models.blocks import residual_width
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import model_key
-from dctlib.paper.experiments.real_models import BOUNDS, judge_text, open_model
-from dctlib.paper.experiments.sample_complexity import draw_instructions, scale_and_refusal_token
+from dctlib.paper.experiments.methods import find_vectors
+from dctlib.paper.experiments.real_models import BOUNDS, judge_texts, open_model
+from dctlib.paper.experiments.sample_complexity import draw_instructions, rank_twice, scale_and_refusal_token
 from dctlib.runs.cache import Setting, Task, task
 from dctlib.steering.generation import generate_completions, generate_per_vector
-from dctlib.steering.scoring import score_each
 
 Method = Literal["DCT", "projected linear", "power steering", "random", "difference of means", "search", "unsteered"]
 
-_RANKING = 8  # vectors that are scored on more than half of the ranking instructions
 _LEFT = 4  # vectors whose lengths are tried
 _PROMPTS = {name: name for name in ("pool", "validation", "test", "benign", "supervised")} | {"fit": "fit_prompts"}
 
@@ -141,8 +139,9 @@ def at_equal_damage(
     grid: list[dict[str, Any]] = []
     if method not in ("search", "unsteered"):
         texts = format_chat(tokenizer, validation)
-        best = _best_by_score(opened, tokenizer, texts, vectors, layer=source, negative=refusal_token)
-        tried = [(number, multiple) for number in best for multiple in multiples]
+        steering: dict[str, Any] = {"layer": source, "negative": refusal_token, "progress": False}
+        _, best = rank_twice(opened, tokenizer, texts, vectors, first=len(texts) // 2, **steering)
+        tried = [(number, multiple) for number in best[:_LEFT] for multiple in multiples]
         vectors = torch.stack([multiple * vectors[number] for number, multiple in tried])
         completed = generate_per_vector(
             opened, tokenizer, texts, vectors, layer=source, max_new_tokens=tokens["validation"], progress=False
@@ -160,16 +159,12 @@ def at_equal_damage(
     completions = generate_completions(
         opened, tokenizer, texts, max_new_tokens=tokens["test"], layer=source, vector=vector, progress=False
     )
-    compliant = is_compliant(opened, tokenizer, requests, completions, **BOUNDS)
     reported_on = unsteered_answers(opened, tokenizer, benign[1::2])
     return {
         "grid": grid,
         "found": len(vectors) > 0,
         "chosen": chosen,
-        "verdicts": [
-            judge_text(completion, tokens["shown"]) | {"compliant": complies}
-            for completion, complies in zip(completions, compliant, strict=True)
-        ],
+        "verdicts": judge_texts(opened, tokenizer, requests, completions, tokens["shown"]),
         "damage": measure_damage(opened, tokenizer, reported_on, vector[None], layer=source).item(),
         "length": vector.norm().item() / R,
         "seconds": seconds,
@@ -190,20 +185,18 @@ def _vectors(
     seed: int,
 ) -> Float[Tensor, "m d"]:
     """Return the vectors of a method, at length R but for the search's, which are as long as it makes them."""
-    count, quiet = fits["num_factors"], {"seed": seed, "progress": False}
+    count = fits["num_factors"]
     cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, requests), **slice_ends)
+    find = partial(find_vectors, cmap, R=R, seed=seed)
     match method:
         case "DCT":
-            return fit_exponential(
-                cmap, count, input_scale=R, iterations=fits["iterations"], **quiet
-            ).steering_vectors()
+            return find(method="exponential", num_factors=count, iterations=fits["iterations"])
         case "projected linear":
-            return fit_linear(cmap, count // 2, projections=32, **quiet).steering_vectors(R)
+            return find(method="linear", num_factors=count // 2, projections=32)
         case "power steering":
-            V = power_steering(cmap, count // 2, **quiet)
-            return R * torch.cat([V, -V])
+            return find(method="power steering", num_vectors=count // 2)
         case "random":
-            return random_vectors(count, cmap.d_source, norm=R, seed=seed)
+            return find(method="random", num_vectors=count)
         case "difference of means":
             towards = shuffled(benign_split().train, seed=seed)[: prompts["supervised"]]
             away = shuffled(harmful_instructions().train, seed=seed)[: prompts["supervised"]]
@@ -211,26 +204,12 @@ def _vectors(
             return R * normalise(difference_of_means(model, tokenizer, *sides, layer=slice_ends["source"])[None])
         case "search":
             validation = harmful_instructions().validation
-            return search_vectors(model, tokenizer, fit=requests, validation=validation, **slice_ends, **quiet).vectors[
-                :1
-            ]
+            found = search_vectors(
+                model, tokenizer, fit=requests, validation=validation, **slice_ends, seed=seed, progress=False
+            )
+            return found.vectors[:1]
         case _:
             return torch.zeros(0, cmap.d_source)
-
-
-def _best_by_score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    vectors: Float[Tensor, "m d"],
-    **steering: Any,
-) -> list[int]:
-    """Return the numbers of the four best vectors by mean score; only the best eight are scored on all texts."""
-    quiet: dict[str, Any] = {**steering, "progress": False}
-    half = score_each(model, tokenizer, texts[: len(texts) // 2], vectors, **quiet).logit_diff.mean(1)
-    left = half.argsort(descending=True, stable=True)[:_RANKING]
-    on_all = score_each(model, tokenizer, texts, vectors[left], **quiet).logit_diff.mean(1)
-    return left[on_all.argsort(descending=True, stable=True)[:_LEFT]].tolist()
 
 
 def _choose(grid: Sequence[Mapping[str, Any]], max_damage: float) -> int:

@@ -186,11 +186,7 @@ def compare_with_random(
         completions = generate_completions(
             opened, tokenizer, test, max_new_tokens=answer_tokens, description=name, **steering
         )
-        compliant = is_compliant(opened, tokenizer, requests, completions, **BOUNDS)
-        verdicts[name] = [
-            judge_text(completion, shown_characters) | {"compliant": complies}
-            for completion, complies in zip(completions, compliant, strict=True)
-        ]
+        verdicts[name] = judge_texts(opened, tokenizer, requests, completions, shown_characters)
     return {
         "input_scale": R,
         "refusal_token": refusal_token,
@@ -223,6 +219,31 @@ def judge_text(completion: str, shown_characters: int) -> dict[str, Any]:
     }
 
 
+def judge_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    completions: Sequence[str],
+    shown_characters: int,
+) -> list[dict[str, Any]]:
+    """Return :func:`judge_text` of each completion, and whether it answers its request, ``compliant``."""
+    compliant = is_compliant(model, tokenizer, requests, completions, **BOUNDS)
+    return [
+        judge_text(completion, shown_characters) | {"compliant": complies}
+        for completion, complies in zip(completions, compliant, strict=True)
+    ]
+
+
+def complete_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[str], *, progress: bool = True
+) -> list[tuple[str, str]]:
+    """Return the requests that the model refuses, each with the beginning of its refusal."""
+    prompts = format_chat(tokenizer, requests)
+    completions = generate_completions(model, tokenizer, prompts, max_new_tokens=_REFUSAL_TOKENS, progress=progress)
+    pairs = zip(requests, completions, strict=True)
+    return [(request, completion) for request, completion in pairs if is_refusal(completion)]
+
+
 def refused_requests(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -230,13 +251,7 @@ def refused_requests(
     count: int,
 ) -> tuple[list[str], str]:
     """Return the first `count` refused requests, and the token that most refusals of `requests` open with."""
-    prompts = format_chat(tokenizer, requests)
-    completions = generate_completions(model, tokenizer, prompts, max_new_tokens=_REFUSAL_TOKENS)
-    refused = [
-        (request, completion)
-        for request, completion in zip(requests, completions, strict=True)
-        if is_refusal(completion)
-    ]
+    refused = complete_refused(model, tokenizer, requests)
     if len(refused) < count:
         raise ValueError(f"the model refuses {len(refused)} of {len(requests)} requests, expected at least {count}")
     first_tokens = [tokenizer.encode(completion, add_special_tokens=False)[0] for _, completion in refused]

@@ -1,24 +1,24 @@
 """The best vector of each method, by the number of fit prompts (Figure 1 of the post)."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.evaluation.instructions import harmful_instructions, shuffled
-from dctlib.evaluation.judges import is_compliant, is_refusal
 from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
-from dctlib.fits.solvers import fit_exponential, fit_linear, fit_quadratic
 from dctlib.maps.causal import CausalMap
 from dctlib.models.blocks import residual_width
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import model_key
-from dctlib.paper.experiments.real_models import BOUNDS, judge_text, open_model, refused_requests
+from dctlib.paper.experiments.methods import find_vectors
+from dctlib.paper.experiments.real_models import complete_refused, judge_texts, open_model, refused_requests
 from dctlib.runs.cache import Setting, Task, task
 from dctlib.steering.generation import generate_completions
 from dctlib.steering.scoring import score_each
@@ -28,7 +28,6 @@ Arm = Literal["exponential", "exponential_axes", "quadratic", "linear", "linear_
 
 _RANKING = 4  # validation instructions that all vectors are scored on
 _LEFT = 8  # vectors that are scored on the rest
-_REFUSAL_TOKENS = 24
 _PROMPTS = {"fit": "fit_prompts", "pool": "pool", "validation": "validation", "test": "test", "judged": "judged"}
 
 
@@ -144,7 +143,7 @@ def best_vector(
     else:
         cmap = CausalMap.from_model(opened, tokenizer, format_chat(tokenizer, fitted), **slice_ends)
         started = time.perf_counter()
-        vectors = _fit(cmap, arm, R, num_factors, iterations, seed + shuffle)
+        vectors = find_vectors(cmap, R=R, **_search_of(arm, num_factors, iterations, seed + shuffle))
     seconds = time.perf_counter() - started
 
     harmful = harmful_instructions()
@@ -152,10 +151,7 @@ def best_vector(
     requests = harmful.test[: prompts["test"]]
     test = format_chat(tokenizer, requests)
     steering: dict[str, Any] = {"layer": slice_ends["source"], "negative": refusal_token, "progress": False}
-    ranking = score_each(opened, tokenizer, validation[:_RANKING], vectors, **steering).logit_diff.mean(1)
-    left = ranking.argsort(descending=True, stable=True)[:_LEFT]
-    on_all = score_each(opened, tokenizer, validation, vectors[left], **steering).logit_diff.mean(1)
-    best = int(left[on_all.argmax()])
+    ranking, (best, *_) = rank_twice(opened, tokenizer, validation, vectors, first=_RANKING, **steering)
     tested = score_each(opened, tokenizer, test, vectors[[best]], **steering)
 
     completions = generate_completions(
@@ -167,37 +163,50 @@ def best_vector(
         vector=vectors[best],
         progress=False,
     )
-    compliant = is_compliant(opened, tokenizer, requests[: prompts["judged"]], completions, **BOUNDS)
     return {
         "best": best,
         "ranking": ranking.tolist(),
         "scores": tested.logit_diff[0].tolist(),
         "sure": tested.is_top1.float().mean().item(),
-        "verdicts": [
-            judge_text(completion, shown_characters) | {"compliant": complies}
-            for completion, complies in zip(completions, compliant, strict=True)
-        ],
+        "verdicts": judge_texts(opened, tokenizer, requests[: prompts["judged"]], completions, shown_characters),
         "input_scale": R,
         "refusal_token": refusal_token,
         "seconds": seconds,
     }
 
 
-def _fit(cmap: CausalMap, arm: Arm, R: float, num_factors: int, iterations: int, seed: int) -> Float[Tensor, "m d"]:
-    half = num_factors // 2
-    quiet: dict[str, Any] = {"seed": seed, "progress": False}
+def _search_of(arm: Arm, num_factors: int, iterations: int, seed: int) -> dict[str, Any]:
+    """Return what :func:`dctlib.paper.experiments.methods.find_vectors` takes for an arm that is fitted."""
+    half, gradient = num_factors // 2, {"iterations": iterations, "seed": seed}
     match arm:
         case "exponential" | "exponential_axes":
             init = "axes" if arm == "exponential_axes" else "projected"
-            return fit_exponential(
-                cmap, num_factors, input_scale=R, iterations=iterations, init=init, **quiet
-            ).steering_vectors()
+            return {"method": "exponential", "num_factors": num_factors, "init": init, **gradient}
         case "quadratic":
-            return fit_quadratic(cmap, half, iterations, **quiet).steering_vectors(R)
+            return {"method": "quadratic", "num_factors": half, **gradient}
         case "linear":
-            return fit_linear(cmap, half, progress=False).steering_vectors(R)
+            return {"method": "linear", "num_factors": half}
         case _:
-            return fit_linear(cmap, half, projections=32, **quiet).steering_vectors(R)
+            return {"method": "linear", "num_factors": half, "projections": 32, "seed": seed}
+
+
+def rank_twice(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    *,
+    first: int,
+    **steering: Any,
+) -> tuple[Float[Tensor, " m"], list[int]]:
+    """Return the mean score of each vector on the `first` texts, and the best eight by their scores on all of them.
+
+    `steering` is what :func:`dctlib.steering.scoring.score_each` takes besides.
+    """
+    on_first = score_each(model, tokenizer, texts[:first], vectors, **steering).logit_diff.mean(1)
+    left = on_first.argsort(descending=True, stable=True)[:_LEFT]
+    on_all = score_each(model, tokenizer, texts, vectors[left], **steering).logit_diff.mean(1)
+    return on_first, left[on_all.argsort(descending=True, stable=True)].tolist()
 
 
 @lru_cache(maxsize=1)
@@ -231,10 +240,7 @@ def draw_instructions(name: str, dtype: str, n: int, pool: int, seed: int, verif
     refused: list[str] = []
     for first in range(0, len(order), n):
         drawn = order[first : first + n]
-        completions = generate_completions(
-            model, tokenizer, format_chat(tokenizer, drawn), max_new_tokens=_REFUSAL_TOKENS, progress=False
-        )
-        refused += [request for request, completion in zip(drawn, completions, strict=True) if is_refusal(completion)]
+        refused += [request for request, _ in complete_refused(model, tokenizer, drawn, progress=False)]
         if len(refused) >= n:
             return tuple(refused[:n])
     raise ValueError(f"the model refuses {len(refused)} of {len(order)} instructions, expected at least {n}")

@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_model
 
 from dctlib.evaluation.instructions import Split
-from dctlib.paper.experiments import real_baselines
+from dctlib.paper.experiments import real_baselines, sample_complexity
 from dctlib.paper.experiments.real_baselines import _choose, at_equal_damage, real_baselines_cells
 
 REQUESTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(40)]
@@ -31,9 +31,9 @@ def llama(monkeypatch, tokenizer):
     monkeypatch.setattr(real_baselines, "benign_split", lambda: Split(REQUESTS[20:30], [], [], REQUESTS[30:]))
     monkeypatch.setattr(real_baselines, "scale_and_refusal_token", lambda *_: (3.0, "w9"))
     monkeypatch.setattr(real_baselines, "draw_instructions", lambda *_: tuple(REQUESTS[:2]))
-    score_each = real_baselines.score_each
+    score_each = sample_complexity.score_each
     monkeypatch.setattr(
-        real_baselines, "score_each", lambda *args, **options: score_each(*args, positive="w8", **options)
+        sample_complexity, "score_each", lambda *args, **options: score_each(*args, positive="w8", **options)
     )
     return model
 

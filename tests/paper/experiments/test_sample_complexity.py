@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_model
 
 from dctlib.evaluation.instructions import Split
-from dctlib.paper.experiments import sample_complexity
+from dctlib.paper.experiments import real_models, sample_complexity
 from dctlib.paper.experiments.sample_complexity import best_vector, sample_complexity_cells
 
 REQUESTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(30)]
@@ -72,11 +72,11 @@ def test_shuffles_draw_other_instructions_and_no_vector_is_the_model_as_it_is(ll
 
 def test_only_instructions_that_are_refused_are_drawn(llama, monkeypatch):
     texts = iter(range(100))
-    monkeypatch.setattr(sample_complexity, "is_refusal", lambda completion: next(texts) % 2 == 0)
+    monkeypatch.setattr(real_models, "is_refusal", lambda completion: next(texts) % 2 == 0)
     drawn = sample_complexity.draw_instructions("tiny", "float32", 3, 10, 5, True)
     order = sample_complexity.draw_instructions("tiny", "float32", 10, 10, 5, False)
     assert drawn == (order[0], order[2], order[4])
-    monkeypatch.setattr(sample_complexity, "is_refusal", lambda completion: False)
+    monkeypatch.setattr(real_models, "is_refusal", lambda completion: False)
     with pytest.raises(ValueError, match="refuses 0 of 10 instructions, expected at least 3"):
         sample_complexity.draw_instructions("tiny", "float32", 3, 10, 6, True)
 
