@@ -126,7 +126,7 @@ def swapped(value, folder: Path, key: str = ""):
         return {k: swapped(v, folder, k) for k, v in value.items()}
     if key == "models":
         return [swapped(name, folder, "model") for name in value]
-    if key in NAMING_A_MODEL and "/" in str(value):
+    if isinstance(value, str) and key in NAMING_A_MODEL and "/" in value:
         return str(folder / value.partition("@")[0].rsplit("/", 1)[1])
     shrunk = SHRUNK.get(key, value)
     return shrunk[:2] if isinstance(shrunk, list) else shrunk
