@@ -14,7 +14,8 @@ from dctlib.discovery.options import DiscoverOptions
 from dctlib.discovery.snippets import SharedPlace
 from dctlib.evaluation.instructions import split_instructions
 from dctlib.evaluation.refusals import is_refusal
-from dctlib.paper.claims import METHODS, RULES, Verdict, compare_with_published
+from dctlib.paper.claims import RULES, Verdict, compare_with_published
+from dctlib.paper.comparisons import METHODS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -94,7 +95,7 @@ def signed(value):
 def real_figure_1():
     """Rows of Figure 1 on the 1.5B: scores by method and number of fit prompts, answers, shuffles, and differences."""
     found = recorded("sample_complexity", "study")
-    names = {**METHODS, "random": "random vectors"}
+    names = {**{method: name for method, name in METHODS.items() if method in found}, "random": "random vectors"}
     sizes = list(found["exponential"])
     yield "| best vector of | " + " | ".join(f"n = {n}" for n in sizes) + " | answers | shuffles |"
     for method, name in names.items():

@@ -1,6 +1,6 @@
 """Intervals of means and rates, and the rate of success within k tries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -70,47 +70,6 @@ def paired_difference(
     """
     rows = min(len(table) for pair in pairs for table in pair)
     return crossed_interval(np.mean([ones[:rows] - others[:rows] for ones, others in pairs], axis=0))
-
-
-COMPARISONS = (
-    ("exponential", "quadratic"),
-    ("exponential", "linear_projected"),
-    ("exponential", "linear"),
-    ("quadratic", "linear_projected"),
-    ("linear_projected", "linear"),
-)
-"""Pairs of methods, the one first that the post finds better."""
-
-
-def paired_differences(
-    scores: Mapping[str, Mapping[int, np.ndarray]],
-) -> dict[str, Interval]:
-    """Return how far methods score above others: the mean difference, paired by shuffle and prompt, with its interval.
-
-    A difference is first averaged over the numbers of fit prompts that both methods have.
-
-    Parameters
-    ----------
-    scores : mapping
-        Method → number of fit prompts → the score of its best vector in each shuffle, on each test prompt. Random
-        vectors have the number 0 alone, and are compared at every one.
-
-    Returns
-    -------
-    dict
-        ``"exponential - quadratic"`` and so on for :data:`COMPARISONS`; ``"exponential - random"`` and so on; and
-        ``"most - least"``, exponential fits of the most fit prompts against those of the fewest.
-    """
-    found = {}
-    for better, worse in COMPARISONS:
-        if shared := [n for n in scores.get(better, {}) if n in scores.get(worse, {})]:
-            found[f"{better} - {worse}"] = paired_difference([(scores[better][n], scores[worse][n]) for n in shared])
-    for method, by_n in scores.items():
-        if method != "random" and "random" in scores:
-            found[f"{method} - random"] = paired_difference([(each, scores["random"][0]) for each in by_n.values()])
-    exponential = scores["exponential"]
-    found["most - least"] = paired_difference([(exponential[max(exponential)], exponential[min(exponential)])])
-    return found
 
 
 @dataclass(frozen=True, eq=False)

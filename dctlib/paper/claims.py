@@ -10,18 +10,11 @@ import numpy as np
 import yaml
 
 from dctlib._io import ROOT
-from dctlib.evaluation.statistics import Interval, paired_differences
+from dctlib.evaluation.statistics import Interval
+from dctlib.paper.comparisons import METHODS, paired_differences
 
 Results = Mapping[str, Any]
 """The numbers of a notebook, or of the post."""
-
-METHODS = {
-    "exponential": "exponential",
-    "quadratic": "quadratic",
-    "linear_projected": "projected linear",
-    "linear": "exact linear",
-}
-"""The methods of Figure 1, by the names of results, in words."""
 
 Ends = tuple[float, float]
 """The low and the high end of an interval."""
@@ -191,7 +184,7 @@ def _sample_complexity(ours: Results, post: Results) -> Replication:
     numbers: dict[str, Pair] = {}
     for method, name in METHODS.items():
         for n, cell in ours.get(method, {}).items():
-            if int(n) in published["n"]:
+            if method in published and int(n) in published["n"]:
                 mean, _sd = published[method][published["n"].index(int(n))]
                 numbers[f"{name}, n = {n}"] = (cell["mean"], mean)
     theirs = published_differences()
@@ -216,7 +209,9 @@ def published_differences() -> dict[str, Interval]:
     """Return the same differences as ours, of the scores of every shuffle that writeup/published_scores.yaml holds."""
     content = yaml.safe_load((ROOT / "writeup" / "published_scores.yaml").read_text(encoding="utf-8"))
     scores = {
-        method: {n: np.array(cell["score"])[:, None] for n, cell in content[method].items()} for method in METHODS
+        method: {n: np.array(cell["score"])[:, None] for n, cell in content[method].items()}
+        for method in METHODS
+        if method in content
     }
     return paired_differences(scores)
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dctlib._io import ROOT, explain_invalid
 from dctlib.discovery.options import DiscoverOptions
+from dctlib.paper.comparisons import METHODS
 
 
 def _integer(least: int, most: int | None = None) -> Any:
@@ -43,9 +44,6 @@ TEST = 100
 
 POOL = 388
 """Prompts of AdvBench that are neither for validation nor for tests."""
-
-FITTED = ("exponential", "exponential_axes", "quadratic", "linear", "linear_projected")
-"""The methods of Figure 1 that are fitted."""
 
 PROMPTS = Annotated[str, Field(pattern=r"^([1-9]|[12]\d|3[0-2])$")]
 """A number of fit prompts as a key, of which JSON has only texts: 1 to 32."""
@@ -81,7 +79,7 @@ RULES: dict[str, Any] = {
     "real_baselines.validation": _integer(4, FIT),
     "real_baselines.test": _integer(4, TEST),
     "real_baselines.benign": _integer(2),
-    "sample_complexity.arms": Annotated[dict[Literal[FITTED], dict[PROMPTS, _integer(2)]], Field(min_length=1)],
+    "sample_complexity.arms": Annotated[dict[Literal[*METHODS], dict[PROMPTS, _integer(2)]], Field(min_length=1)],
     "sample_complexity.judged": _integer(4, TEST),  # an answer is compared with those to three other requests
     "auditing.sizes": _several(COUNT),
     "hidden_sums.sizes": _several(_integer(1, FIT)),

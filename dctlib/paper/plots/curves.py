@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dctlib.evaluation.statistics import Curve
+from dctlib.paper.comparisons import METHODS
 from dctlib.paper.plots.intervals import rates
 from dctlib.paper.plots.style import COLOURS, PALETTE, WIDTH, method_colours, note, panels, plain_log, styled
 
@@ -187,13 +188,7 @@ def recovery_curves(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-_METHODS = {
-    "exponential": ("exponential", PALETTE[0]),
-    "exponential_axes": ("exponential, from axes", PALETTE[9]),
-    "quadratic": ("quadratic", PALETTE[2]),
-    "linear_projected": ("projected linear", PALETTE[3]),
-    "linear": ("exact linear", PALETTE[4]),
-}
+_COLOURS = dict(zip(METHODS, (PALETTE[each] for each in (0, 9, 2, 3, 4)), strict=True))
 
 
 @styled
@@ -215,15 +210,15 @@ def sample_complexity(
         ``n``, and for each method one (mean, sd) for every n.
     """
     figure, (left, middle, right) = panels((1, 1, 1), height=2.9)
-    methods = [method for method in _METHODS if method in set(measured["method"])]
+    methods = [method for method in METHODS if method in set(measured["method"])]
     beside = dict(zip(methods, np.geomspace(0.94, 1.06, len(methods)), strict=True))
     for axes, column in ((left, "score"), (middle, "answered")):
         for method in methods:
             rows = measured[measured["method"] == method]
-            name, colour = _METHODS[method]
+            colour = _COLOURS[method]
             grouped = rows.groupby("n")[column].agg(["mean", "std"])
             n, mean, sd = grouped.index * beside[method], grouped["mean"], grouped["std"]
-            axes.plot(n, mean, "o-", ms=4, lw=1.5, color=colour, label=name)
+            axes.plot(n, mean, "o-", ms=4, lw=1.5, color=colour, label=METHODS[method])
             axes.fill_between(n, mean - sd, mean + sd, color=colour, alpha=0.15, lw=0)
             axes.scatter(rows["n"] * beside[method], rows[column], s=7, alpha=0.5, color=colour, linewidths=0)
         floor = random[column].tolist()
@@ -236,10 +231,10 @@ def sample_complexity(
     left.set(title="score of the best vector", ylabel="test score")
     middle.set(title="its answers", ylim=(-0.03, 1.03))
     middle.yaxis.set_major_formatter(PercentFormatter(1))
-    for method in [each for each in _METHODS if each in published]:
+    for method in [each for each in METHODS if each in published]:
         mean, sd = np.array(published[method]).T
-        right.plot(published["n"], mean, "o-", ms=3.5, lw=1.5, color=_METHODS[method][1])
-        right.fill_between(published["n"], mean - sd, mean + sd, color=_METHODS[method][1], alpha=0.15, lw=0)
+        right.plot(published["n"], mean, "o-", ms=3.5, lw=1.5, color=_COLOURS[method])
+        right.fill_between(published["n"], mean - sd, mean + sd, color=_COLOURS[method], alpha=0.15, lw=0)
     right.axhline(0, color="0.8", lw=0.8, zorder=0)
     right.set_xticks(published["n"])
     right.set(title="score, published (Qwen1.5-7B)", xlabel="fit prompts n")
