@@ -130,6 +130,11 @@ def native_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def dtype_name(dtype: str) -> str:
+    """Return the name of the type that :func:`load_model` takes `dtype` for on this machine, ``"native"`` among them."""
+    return str(_dtype(dtype, _device(None))).removeprefix("torch.")
+
+
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -260,3 +260,6 @@ def test_the_native_type_of_a_cpu_is_the_faster_one(capabilities, dtype, monkeyp
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert loading.native_dtype("cpu") == dtype
     assert loading.native_dtype("cuda") == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.dtype_name("native") == str(dtype).removeprefix("torch.")
+    assert loading.dtype_name("float64") == "float64"

@@ -17,6 +17,7 @@ from dctlib.maps.causal import CausalMap
 from dctlib.models.blocks import residual_width
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import model_key
+from dctlib.models.loading import dtype_name
 from dctlib.paper.experiments.methods import find_vectors
 from dctlib.paper.experiments.real_models import complete_refused, judge_texts, open_model, refused_requests
 from dctlib.runs.cache import Setting, Task, task
@@ -45,6 +46,8 @@ def sample_complexity_cells(
 
     Parameters
     ----------
+    dtype : str
+        As for :func:`dctlib.load_model`. A record names the type, so those of ``"native"`` hold for machines like this.
     arms : mapping
         Arm → each number of fit prompts → how many shuffles. No vector, and a set of random ones for each shuffle, are
         added.
@@ -56,7 +59,7 @@ def sample_complexity_cells(
     """
     prompts = {part: settings.pop(name) for part, name in _PROMPTS.items()}
     slice_ends = {"source": source, "target": target}
-    shared = {"model": model_key(model, dtype), "slice_ends": slice_ends, "prompts": prompts, **settings}
+    shared = {"model": model_key(model, dtype_name(dtype)), "slice_ends": slice_ends, "prompts": prompts, **settings}
     if negative is not None:
         shared["negative"] = negative
     cells: list[tuple[str, int, int]] = [("unsteered", 0, 0)]

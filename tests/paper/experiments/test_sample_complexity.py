@@ -6,6 +6,7 @@ import torch
 from tiny import tiny_model
 
 from dctlib.evaluation.instructions import Split
+from dctlib.models.loading import dtype_name
 from dctlib.paper.experiments import real_models, sample_complexity
 from dctlib.paper.experiments.sample_complexity import best_vector, sample_complexity_cells
 
@@ -95,3 +96,11 @@ def test_cells_need_no_model_and_their_keys_do_not_depend_on_how_many_shuffles_t
     )
     assert len(few) == 1 + 2 * 4 and more[: len(few)] == few and len(more) == len(few) + 3
     assert all("negative" not in setting for _, setting in few)
+
+
+def test_a_cell_names_the_type_that_native_is_on_this_machine():
+    rest: dict[str, Any] = dict.fromkeys(("fit_prompts", "pool", "validation", "test", "judged"), 4)
+    rest |= {"source": 9, "target": 18, "negative": None, "arms": {"linear": {"1": 2}}}
+    cells = sample_complexity_cells("qwen2.5-coder-1.5b-instruct", dtype="native", **rest)
+    named = dtype_name("native")
+    assert {setting["model"]["dtype"] for _, setting in cells} == {named} <= {"bfloat16", "float32"}
