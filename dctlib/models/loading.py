@@ -131,7 +131,7 @@ def native_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: str) -> str:
-    """Return the name of the type that :func:`load_model` takes `dtype` for on this machine, ``"native"`` among them."""
+    """Return the name of the type that `dtype`, which may be ``"native"``, stands for on this machine."""
     return str(_dtype(dtype, _device(None))).removeprefix("torch.")
 
 
