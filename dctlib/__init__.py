@@ -46,7 +46,7 @@ __all__ = [*_DEFINED_IN]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, because torch takes seconds and the command line does without."""
+    """Import a public name when it is first used, because torch takes seconds to import and some commands need none."""
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'dctlib' has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(f"dctlib.{_DEFINED_IN[name]}"), name)

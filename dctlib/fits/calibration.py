@@ -39,8 +39,8 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
     Raises
     ------
     ValueError
-        If no scale has this non-linearity: the map is linear, constant, overflows before, or rounding hides its
-        curvature.
+        If no scale has this non-linearity: the map is linear or constant, saturates or overflows first, or rounding
+        hides its linear part.
     """
     if not nonlinearity > 0 or num_directions < 1:
         raise ValueError(f"got nonlinearity={nonlinearity}, num_directions={num_directions}, expected both above 0")
@@ -51,7 +51,7 @@ def calibrate(cmap: DifferentiableMap, *, nonlinearity: float = 0.5, num_directi
     if not torch.isfinite(linear).all():
         raise ValueError("the map's Jacobian at 0 is not finite; try dtype='float32'")
     if not linear.norm() > 0:
-        raise ValueError("the map's Jacobian at 0 vanishes along random directions, so no scale relates to it")
+        raise ValueError("the map's Jacobian at 0 vanishes along random directions, so it has no R; try another slice")
 
     @cache  # because the root finder evaluates the bracket's ends again
     def excess(log_scale: float) -> float:

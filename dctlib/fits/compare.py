@@ -19,10 +19,10 @@ from dctlib.maps.orthogonalise import normalise
 
 
 def cosine_clusters(vectors: Float[Tensor, "m d"], *, cosine: float = 0.5) -> list[int]:
-    """Return a cluster number for each vector: clusters whose mean cosine is at least `cosine` are one.
+    """Return a cluster number for each vector: clusters are merged while their mean cosine is at least `cosine`.
 
-    This is average linkage. Numbers count from 0 in the order of the vectors, so the first vector of each number
-    represents it where vectors are in the order of interest.
+    This is average linkage. Clusters are numbered from 0 in the order of their first vectors. If vectors are sorted
+    best first, the first vector of each cluster represents it.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def cosine_clusters(vectors: Float[Tensor, "m d"], *, cosine: float = 0.5) -> li
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike directions are: the ratio of extreme singular values, and |cosine| over all pairs."""
+    """How alike directions are: largest over smallest singular value, and mean and deviation of |cosine| of pairs."""
 
     condition_number: float
     mean_abs_cosine: float
@@ -62,7 +62,7 @@ def similarity(V: Float[Tensor, "m d"]) -> Similarity:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How well found directions cover true ones: the mean over true of the best |cosine|, and the share above .99."""
+    """How well found directions cover true ones: the mean best |cosine|, and the share above a threshold."""
 
     mean_max_cosine: float
     recovered: float
@@ -89,7 +89,7 @@ def match_factors(
     Returns
     -------
     tuple of Tensor, (min(m, k),) each
-        Numbers of the rows of `one`, rising, and of their partners in `two`.
+        Indices of the rows of `one`, ascending, and of their partners in `two`.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def subspace_overlap(one: Float[Tensor, "m d"], two: Float[Tensor, "k d"]) -> fl
     """
     one, two = _double(one, two)
     if not one.any() or not two.any():
-        raise ValueError("got only rows of zeros, expected a set that spans something")
+        raise ValueError("got only rows of zeros, expected a row that is not 0 in each set")
     return float((np.cos(subspace_angles(one.T, two.T)) ** 2).mean())
 
 
@@ -147,7 +147,7 @@ def probe_directions(dct: Transcoder, *, count: int, seed: int = 0) -> dict[str,
         If `count` is below 1, or the transcoder has a single factor.
     """
     if count < 1 or len(dct) < 2:
-        raise ValueError(f"got count={count} and {len(dct)} factors, expected count of at least 1 and 2 factors to mix")
+        raise ValueError(f"got count={count} and {len(dct)} factors, expected at least 1, and at least 2 to mix")
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(count, dct.V.shape[1], generator=generator, dtype=dct.V.dtype).to(dct.V.device)
     first = torch.randint(len(dct), (count,), generator=generator)
@@ -160,8 +160,8 @@ def reconstruction_error(
 ) -> Float[Tensor, " n"]:
     """Return ‖Δ(Rθ) − Δ̂‖ / ‖Δ(Rθ)‖ for every row θ: 0 is perfect, 1 is no better than Δ̂ = 0.
 
-    A transcoder stands for Δ at its own input scale (1 for linear and quadratic fits, the fit's R for exponential
-    ones), so Δ(Rθ) is compared with Δ̂(θ · R / own).
+    A transcoder approximates Δ at its own input scale R̂ (1 for linear and quadratic fits, the fit's R for exponential
+    ones), so Δ(Rθ) is compared with Δ̂(θ · R / R̂).
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ def median_errors(
     count, seed : int
         As in :func:`probe_directions`.
     along : Transcoder, optional
-        Whose factors are probed: the same for transcoders that are to be compared. Left out, those of `dct`.
+        The transcoder whose factors are probed, `dct` by default. Give the same one to compare several transcoders.
     """
     probes = probe_directions(dct if along is None else along, count=count, seed=seed)
     errors = {kind: reconstruction_error(cmap, dct, rows, input_scale=input_scale) for kind, rows in probes.items()}
@@ -231,13 +231,13 @@ def median_errors(
 def merge_factors(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
     """Return the transcoder with the factors of each group replaced by one: mean v, summed α u.
 
-    This is the post's future work. Group factors by :func:`cosine_clusters` of V, and see what it costs in
+    The post leaves this to future work. Group factors by :func:`cosine_clusters` of V, and measure the cost by
     :func:`reconstruction_error`. Factors with the same v merge without loss.
 
     Parameters
     ----------
     dct : Transcoder
-        Of m factors. What it recorded while it was fitted stays, but for the importance of factors.
+        Of m factors. Its record of the fit is kept, except for the importance of factors.
     groups : sequence of int
         The number of each factor's group, from 0 on.
 
@@ -248,7 +248,7 @@ def merge_factors(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
     """
     numbers = torch.as_tensor(groups, device=dct.V.device)
     if numbers.shape != (len(dct),) or numbers.unique().tolist() != list(range(int(numbers.max()) + 1)):
-        raise ValueError(f"got groups={list(groups)}, expected a number from 0 on for each of {len(dct)} factors")
+        raise ValueError(f"got groups={list(groups)}, expected a group, 0, 1, …, for each of {len(dct)} factors")
     membership = torch.nn.functional.one_hot(numbers).T.to(dct.V.dtype)  # (groups, m)
     U = membership @ (dct.alpha[:, None] * dct.U)
     V = membership @ dct.V
@@ -258,5 +258,5 @@ def merge_factors(dct: Transcoder, groups: Sequence[int]) -> Transcoder:
 def _relative_error(true: Tensor, found: Tensor) -> Tensor:
     length = true.norm(dim=1)
     if not (length > 0).all():
-        raise ValueError("the map does not change along one of the directions, so no error relates to it; leave it out")
+        raise ValueError("the map does not change along a direction, so its relative error is undefined; leave it out")
     return (true - found.to(true.device)).norm(dim=1) / length

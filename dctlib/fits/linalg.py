@@ -14,7 +14,7 @@ def exponential_weights(
     Parameters
     ----------
     U, V : Tensor, (m, d_target) and (m, d_source)
-        Unit rows, of which K_ll′ = ⟨u_l, u_l′⟩(exp⟨v_l, v_l′⟩ − 1) is made.
+        Unit rows; K_ll′ = ⟨u_l, u_l′⟩(exp⟨v_l, v_l′⟩ − 1).
     importance : Tensor, (m,)
         b_l = ⟨u_l, Δ_R(v_l)⟩.
 
@@ -32,13 +32,13 @@ def quadratic_weights(
 ) -> Float[Tensor, " m"]:
     """Return α ≥ 0 that minimises ‖T2 − 2 Σ α_l u_l ⊗ v_l ⊗ v_l‖²: equation 8 with U and V held fixed.
 
-    The factor 2 is not in the post. The second derivative of α⟨v, θ⟩² u is 2α u ⊗ v ⊗ v, so with it Δ̂ is the quadratic
-    part of Δ itself, and α is half of the post's.
+    The factor 2 is not in the post. The second derivative of α⟨v, θ⟩² u is 2α u ⊗ v ⊗ v, so the factor makes Δ̂ the
+    quadratic part of Δ itself, and α is half of the post's.
 
     Parameters
     ----------
     U, V : Tensor, (m, d_target) and (m, d_source)
-        Unit rows, of which K_ll′ = 2⟨u_l, u_l′⟩⟨v_l, v_l′⟩² is made.
+        Unit rows; K_ll′ = 2⟨u_l, u_l′⟩⟨v_l, v_l′⟩².
     importance : Tensor, (m,)
         b_l = T2(u_l, v_l, v_l).
 
@@ -54,11 +54,11 @@ def quadratic_weights(
 def _nonnegative(K: Tensor, b: Tensor) -> Tensor:
     """Solve for α ≥ 0 by non-negative least squares on a root of K.
 
-    K is positive semidefinite and, where factors nearly coincide, singular; its small eigenvalues are raised to
+    K is positive semidefinite, and singular where factors nearly coincide. Its small eigenvalues are raised to
     float32's resolution, so that such factors share their weight.
     """
     if not K.any():
-        raise ValueError("the map has no such part: its factors vanish. Fit linear ones, or a slice with curvature")
+        raise ValueError("the map has no part of this kind: its factors vanish; fit linear factors, or another slice")
     values, vectors = torch.linalg.eigh(K)
     values = values.clamp(min=torch.finfo(torch.float32).eps * len(K) * values[-1].item())
     root = values.sqrt()[:, None] * vectors.T  # K ≈ rootᵀ root

@@ -1,4 +1,4 @@
-"""MELBO: steering vectors that maximise the change, found one after another."""
+"""MELBO: steering vectors that maximise ‖Δ(Rv)‖, found one after another."""
 
 import torch
 from jaxtyping import Float
@@ -24,8 +24,8 @@ def melbo(
 
     This is Mack & Turner (2024), *Mechanistically Eliciting Latent Behaviors in Language Models*: projected gradient
     ascent by AMSGrad with their moments and number of steps. They average the norm over prompts. Here Δ is averaged
-    first, as everywhere in dctlib; a map with ``reduction="concatenate"`` sums the squares as they do. A step takes
-    two forward passes and a backward one.
+    first, as everywhere in dctlib; with a map of ``reduction="concatenate"``, squared norms are summed. A step takes
+    two forward passes and one backward pass.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ def melbo(
     input_scale : float
         R, from :func:`dctlib.calibrate`.
     steps : int
-        Of each vector.
+        Gradient steps for each vector.
     learning_rate : float
-        About the angle, in radians, by which v turns in a step. Theirs, .001 for each coordinate of Rv, was near .01.
+        Approximate angle, in radians, by which v turns in a step. Theirs, .001 for each coordinate of Rv, is near .01.
     seed : int
         Seed of the starts.
     progress : bool
@@ -72,15 +72,15 @@ def melbo(
 
 
 def check_counts(num_vectors: int, most: int, rounds: int) -> None:
-    """Raise ValueError if `num_vectors` is not from 1 to `most`, or there is no round."""
+    """Raise ValueError unless `num_vectors` is from 1 to `most` and `rounds` at least 1."""
     if not 1 <= num_vectors <= most:
         raise ValueError(
-            f"got num_vectors={num_vectors}, expected 1 to {most}: they are orthogonal, so widths bound them"
+            f"got num_vectors={num_vectors}, expected 1 to {most}: vectors are orthogonal, so the width bounds them"
         )
     if rounds < 1:
         raise ValueError(f"got {rounds} steps or iterations, expected at least 1")
 
 
 def _reject(rows: Tensor, basis: Tensor) -> Tensor:
-    """Rows less their projection on the span of the orthonormal rows of `basis`."""
+    """Return rows less their projection on the span of `basis`, whose rows are orthonormal."""
     return rows - rows @ basis.T @ basis

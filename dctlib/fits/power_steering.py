@@ -30,10 +30,10 @@ def power_steering(
     num_vectors : int
         k, at most min(d_source, d_target), the rank that J can have.
     input_scale : float
-        With 0, J is that of Δ at 0. Otherwise it is taken anew for each vector at `input_scale` times the vector, as
-        in the exponential fit. A vector then has a sign, and the Rayleigh-Ritz rotation no meaning.
+        With 0, J is the Jacobian of Δ at 0. Otherwise J of each vector is taken at `input_scale` times the vector, as
+        in the exponential fit. A vector then has a sign, and the Rayleigh-Ritz step is left out.
     iterations : int
-        The error falls with the ratio of neighbouring singular values to twice this power.
+        The error falls as r^(2 · iterations), where r < 1 is the ratio of neighbouring singular values.
     seed : int
         Seed of the start.
     progress : bool
@@ -42,8 +42,8 @@ def power_steering(
     Returns
     -------
     Tensor, (k, d_source)
-        Orthonormal rows, by falling ‖J v‖, which at 0 estimates a singular value. A singular vector has no sign, so
-        try V and −V, at the length R of :func:`dctlib.calibrate`.
+        Orthonormal rows, by decreasing ‖J v‖, which for J at 0 estimates a singular value. A singular vector has no
+        sign, so try V and −V, at the length R of :func:`dctlib.calibrate`.
 
     Raises
     ------

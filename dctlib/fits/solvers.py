@@ -1,6 +1,6 @@
 """Fitting a transcoder to a causal map: the post's Algorithms 1, 1′, 2 and 3.
 
-Factors are rows of U and V, the paper's matrices transposed. Each loop below is one algorithm, a step a line.
+Factors are rows, so U and V are the post's matrices transposed. Each loop below is one algorithm, with one step a line.
 """
 
 import sys
@@ -48,9 +48,9 @@ def fit_linear(
         Factors have no sign, so the default is half of :func:`fit_exponential`'s.
     projections : int, optional
         Left out, Algorithm 1: decompose all d_target rows of T1. Otherwise Algorithm 1′: decompose W·T1 for a
-        Gaussian W of this many rows, 32 in the post, which costs d_target / `projections` times less. Only that
-        many input directions carry information. Factors beyond them are random, orthogonal to the rest, there to
-        make equal widths comparable.
+        Gaussian W of this many rows, 32 in the post, which costs d_target / `projections` times less. Only the first
+        `projections` input directions carry information. Further factors are random and orthogonal to these, so that
+        fits of equal width can be compared.
     seed : int
         Seed of W and of the random directions. Unused without `projections`.
     progress : bool
@@ -59,7 +59,7 @@ def fit_linear(
     Returns
     -------
     Transcoder
-        Rows of V orthonormal, most important first. Rank :meth:`Transcoder.with_negations`.
+        Its rows of V are orthonormal, most important first. Rank those of :meth:`Transcoder.with_negations`.
 
     Raises
     ------
@@ -100,12 +100,12 @@ def fit_quadratic(
         m, at most d_source unless `orthogonalise` is ``"soft"``. Factors have no sign, so the default is half of
         :func:`fit_exponential`'s.
     iterations, orthogonalise, tolerance, projections, seed, progress
-        As in :func:`fit_exponential`. It starts from Algorithm 1′.
+        As in :func:`fit_exponential`. The fit starts from Algorithm 1′.
 
     Returns
     -------
     Transcoder
-        Rank :meth:`Transcoder.with_negations`. Importance is T2(u, v, v), the causal part of equation 8.
+        Its importance is T2(u, v, v), the causal part of equation 8. Rank :meth:`Transcoder.with_negations`.
 
     Raises
     ------
@@ -153,12 +153,12 @@ def fit_exponential(
     input_scale : float
         R, from :func:`dctlib.calibrate`. Larger values weigh higher derivatives more.
     iterations : int
-        τ. Ten suffice at widths of a few hundred; narrow fits take longer.
+        τ. Ten suffice at widths of a few hundred; narrow fits need more.
     init : {"projected", "random", "axes"}
         Where V starts. ``"projected"``: Algorithm 1′. ``"random"``: random directions, with random U. ``"axes"``:
-        coordinate axes, `num_factors` different ones in a random order, with U = normalise(T1 V); factors past the
-        number of axes start at random. Coordinates of a residual stream mean little, so axes are a start that is
-        orthonormal and knows nothing of the map.
+        `num_factors` different coordinate axes in a random order, with U = normalise(T1 V). Factors beyond the number
+        of axes start at random. Coordinates of a residual stream mean little, so this V is orthonormal and independent
+        of the map.
     orthogonalise : {"qr", "soft"}
         Between iterations, make the rows of V orthonormal, or only push near neighbours apart
         (:func:`dctlib.maps.orthogonalise.softly_orthogonal_rows`), which allows more factors than d_source.
@@ -192,7 +192,7 @@ def fit_exponential(
         V = orthogonal(V)
         values, gradients = cmap.value_and_vjp(R * V, U)  # Δ_R(v_l), and ∇⟨u_l, Δ⟩ at R v_l with the old u_l
         importance = (U * values).sum(1)  # ⟨u_l, Δ_R(v_l)⟩, the causal part of equation 10
-        U, V = _unit(values), _unit(gradients)  # its gradients by u_l and by v_l
+        U, V = _unit(values), _unit(gradients)  # the gradients of equation 10 by u_l and by v_l
         if trace.record(importance, V - before) < tolerance:
             break
     alpha = exponential_weights(U, V, (U * cmap(R * V)).sum(1))
@@ -200,7 +200,7 @@ def fit_exponential(
 
 
 class _Trace:
-    """What a fit records on its way, and the transcoder made of it."""
+    """The record of a fit's iterations, and the transcoder made at its end."""
 
     def __init__(self, cmap: DifferentiableMap):
         self._cmap = cmap
@@ -209,7 +209,7 @@ class _Trace:
         self._started = time.perf_counter()
 
     def record(self, importance: Tensor, step: Tensor) -> float:
-        """Add an iteration, and return the root-mean-square length of V's rows' steps."""
+        """Add an iteration, and return the root-mean-square distance that a row of V moved."""
         self._importance.append(importance)
         self._change.append(step.square().sum(1).mean().sqrt().item())
         return self._change[-1]
@@ -235,7 +235,7 @@ class _Trace:
 def _start(
     cmap: DifferentiableMap, num_factors: int, init: Init, projections: int, seed: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """U and V with which Algorithms 2 and 3 start."""
+    """Return U and V with which Algorithms 2 and 3 start."""
     generator = torch.Generator().manual_seed(seed)
     match init:
         case "projected":
@@ -256,7 +256,7 @@ def _start(
 def _projected(
     cmap: DifferentiableMap, num_factors: int, projections: int, generator: torch.Generator, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """V and T1 V of Algorithm 1′; rows of V beyond the rank of W·T1 are random."""
+    """Return V and T1 V of Algorithm 1′; rows of V beyond the rank of W·T1 are random."""
     if projections < 1:
         raise ValueError(f"got projections={projections}, expected at least 1; the post takes 32")
     W = gaussian(cmap, projections, cmap.d_target, generator)
@@ -270,7 +270,7 @@ def _projected(
 
 
 def _jacobian_rows(cmap: DifferentiableMap, cotangents: Tensor, progress: bool) -> Tensor:
-    """Rows w_iᵀ T1 of the Jacobian at 0, a chunk at a time."""
+    """Return the rows w_iᵀ T1, computed a chunk at a time."""
     chunks = cotangents.to(cmap.device, cmap.dtype).split(cmap.chunk_size)
     bar = tqdm(chunks, desc=f"Jacobian, {len(cotangents)} rows", disable=not progress)
     return check_finite(torch.cat([cmap.vjp_at_zero(chunk) for chunk in bar]))
@@ -286,7 +286,7 @@ def _check_options(
     if orthogonalise not in _ORTHOGONALISE:
         raise ValueError(f"got orthogonalise={orthogonalise!r}, expected one of {sorted(_ORTHOGONALISE)}")
     if iterations < 1 or not tolerance >= 0:
-        raise ValueError(f"got iterations={iterations}, tolerance={tolerance}, expected at least 1, and 0 or more")
+        raise ValueError(f"got iterations={iterations}, tolerance={tolerance}, expected at least 1, at least 0")
     most = cmap.d_source if orthogonalise == "qr" else sys.maxsize
     _check_width(num_factors, most, "orthonormal rows of V bound the fit; orthogonalise='soft' allows more")
 

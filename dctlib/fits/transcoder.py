@@ -47,7 +47,7 @@ class Transcoder:
     activation : {"linear", "quadratic", "exponential"}
         σ.
     input_scale : float
-        R: the transcoder stands for Δ(Rθ). 1 for linear and quadratic fits, which need no scale.
+        R: the transcoder approximates Δ(Rθ). 1 for linear and quadratic fits, which need no scale.
     source, target : int or None
         The slice it was fitted on; None for a plain function.
     objective : Tensor, (iterations,)
@@ -56,7 +56,7 @@ class Transcoder:
     change : Tensor, (iterations,)
         Root-mean-square distance that a row of V moved in each iteration.
     seconds : float
-        What the fit took.
+        Duration of the fit.
     importance : Tensor, (iterations, m), or None
         `objective` factor by factor: column l is factor l. None for a file written before it was recorded.
 
@@ -91,7 +91,7 @@ class Transcoder:
             raise ValueError(f"got importance of shape {shape}, expected (iterations, m), {(len(self.objective), m)}")
         for name, tensor in self._tensors().items():
             if tensor.dtype not in _DTYPES:
-                raise ValueError(f"{name} is {tensor.dtype}, expected one of {_DTYPES}")
+                raise ValueError(f"got {name} of {tensor.dtype}, expected one of {_DTYPES}")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} is not finite; refit in float32 or with a smaller input scale")
         if self.activation not in get_args(Activation):
@@ -115,14 +115,14 @@ class Transcoder:
             raise ValueError(
                 f"got theta of shape {tuple(theta.shape)}, expected (n, {self.V.shape[1]}); one vector is theta[None]"
             )
-        theta = theta.to(self.V)  # as the map that it stands for takes θ of any type, from any device
+        theta = theta.to(self.V)  # any type and device will do, as for the map
         return (activate(theta @ self.V.T, self.activation) * self.alpha) @ self.U
 
     def steering_vectors(self, norm: float | None = None) -> Float[Tensor, "k d_source"]:
-        """Return the vectors to try adding at layer `source`, on the CPU: V at length `norm`, `input_scale` if None.
+        """Return vectors to add at layer `source`, on the CPU: rows of V at length `norm`, by default `input_scale`.
 
-        Linear and quadratic fits leave the sign of v open, so they give both: k = 2m, and k = m for exponential ones.
-        `norm` is in the units of the residual stream; give linear and quadratic fits R of :func:`dctlib.calibrate`.
+        An exponential fit gives k = m vectors. Linear and quadratic fits leave the sign of v open, so they give both
+        signs, k = 2m. `norm` is in the units of the residual stream; for these fits use R of :func:`dctlib.calibrate`.
         """
         signed = self if self.activation == "exponential" else self.with_negations()
         return (self.input_scale if norm is None else norm) * signed.V.cpu()

@@ -1,4 +1,4 @@
-"""Products of a map given as torch functions: reverse mode for vjps, forward mode for jvps, both for T2."""
+"""Products of a map that consists of torch functions: vjps in reverse mode, jvps in forward mode, T2 in both."""
 
 import functools
 from abc import abstractmethod
@@ -21,9 +21,9 @@ Term = Callable[[Tensor], Tensor]
 
 
 class AutogradMap(DifferentiableMap):
-    """A map Δ(θ) = Σ_i [f_i(θ) − f_i(0)] of torch functions f_i, the terms, which are differentiated by autograd.
+    """A map Δ(θ) = Σ_i [f_i(θ) − f_i(0)] whose terms f_i are torch functions, differentiated by autograd.
 
-    A causal map has one term for each packed group of prompts, a plain function has one.
+    A causal map has one term for each packed group of prompts. A plain function has a single term.
     """
 
     @abstractmethod
@@ -47,15 +47,15 @@ class AutogradMap(DifferentiableMap):
             if name == "value":
                 raise
             raise ValueError(
-                f"this map cannot be differentiated ({error}); are the model's weights quantised? Load it in bfloat16"
+                f"this map cannot be differentiated ({error}); if its weights are quantised, load the model in bfloat16"
             ) from error
 
     def _compute(self, name: Product, **rows: Tensor) -> Tensor:
         with self._context():
             if name != "value" and not self._has_gradient:
                 raise ValueError(
-                    "gradients of this map are not its slopes: do weights such as int8 with quantised activations pass "
-                    "none on? Load the model in bfloat16"
+                    "gradients of this map are not its slopes, as with quantised layers that pass no gradient on; load "
+                    "the model in bfloat16"
                 )
             match name:
                 case "value":
@@ -97,10 +97,10 @@ class AutogradMap(DifferentiableMap):
 
     @cached_property
     def _has_gradient(self) -> bool:
-        """Whether reverse mode gives the slope at 0 along one of three random directions, by central differences.
+        """Whether the gradient at 0 agrees with a central difference along at least one of three random directions.
 
-        Some quantised layers pass no gradient on, without an error. Mixtures of experts jump here and there. A gradient
-        that is not finite passes, because whoever uses it says so.
+        Some quantised layers pass no gradient on and raise no error. One direction is enough, because mixtures of
+        experts are discontinuous in places. A gradient that is not finite passes, because its user reports it.
         """
         term = next(iter(self._terms()))
         generator = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ class AutogradMap(DifferentiableMap):
 
     @cached_property
     def _batches_backward(self) -> bool:
-        """Whether one backward pass takes a batch of cotangents, which operations such as in-place writes refuse."""
+        """Whether one backward pass takes a batch of cotangents; some operations, such as in-place writes, refuse."""
         zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device, requires_grad=True)
         cotangent = torch.ones(2, 1, self.d_target, dtype=self.dtype, device=self.device)
         try:
@@ -131,10 +131,10 @@ class AutogradMap(DifferentiableMap):
         return True
 
     def _derivative(self, name: Product) -> Callable[..., Tensor]:
-        """Return the function that computes a product: in forward mode where it is right, else by reverse mode alone.
+        """Return the function that computes a product: in forward mode where that is right, else in reverse mode.
 
-        torch has functions that forward mode refuses, and some whose second derivatives it gets wrong without an
-        error. So the two are compared once, on random vectors.
+        Forward mode refuses some torch functions, and gives wrong second derivatives of others without an error. So
+        the two modes are compared once, on random vectors.
 
         Raises
         ------
@@ -154,7 +154,8 @@ class AutogradMap(DifferentiableMap):
             raise
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"this map's {name} cannot be computed, because its functions cannot be differentiated twice ({error})"
+                f"this map's {name} cannot be computed, because its functions cannot be differentiated twice "
+                f"({error}); load the model without quantised weights or custom kernels"
             ) from error
         try:
             wrong = (forward(term, *rows) - expected).norm() > 10 * tolerance(self._precision) * expected.norm() + 1e-9
@@ -176,25 +177,25 @@ class AutogradMap(DifferentiableMap):
 
 
 def _jvp(term: Term, theta: Tensor, tangent: Tensor) -> Tensor:
-    """J(θ) v, not to be nested; inside a dual level accelerate can fetch offloaded weights, in `torch.func` not."""
+    """Return J(θ) v; it cannot be nested. Unlike `torch.func`, it lets accelerate fetch offloaded weights."""
     with forward_ad.dual_level():
         value, derivative = forward_ad.unpack_dual(term(forward_ad.make_dual(theta, tangent)))
         return torch.zeros_like(value) if derivative is None else derivative
 
 
 def _jvp_of_jvp(term: Term, v: Tensor, w: Tensor) -> Tensor:
-    """T2(·, v, w): differentiate along w, at 0, the derivative along v."""
+    """Return T2(·, v, w): the derivative along w, at 0, of the derivative along v."""
     return _directional(lambda theta: _directional(term, theta, v), torch.zeros_like(w), w)
 
 
 def _vjp_of_jvp(term: Term, u: Tensor, v: Tensor) -> Tensor:
-    """T2(u, v, ·): pull u back, at 0, through the derivative along v; reverse over forward mode."""
+    """Return T2(u, v, ·): u pulled back, at 0, through the derivative along v (reverse over forward mode)."""
     pull_back = torch.func.vjp(lambda theta: _directional(term, theta, v), torch.zeros_like(v))[1]
     return pull_back(u)[0]
 
 
 def _jvp_by_vjps(term: Term, theta: Tensor, v: Tensor) -> Tensor:
-    """J(θ) v by reverse mode alone: the gradient in u of ⟨J(θ)ᵀ u, v⟩, which is linear in u."""
+    """Return J(θ) v in reverse mode alone: the gradient in u of ⟨J(θ)ᵀ u, v⟩, which is linear in u."""
     with torch.enable_grad():
         theta = theta.detach().requires_grad_()
         value = term(theta)
@@ -204,13 +205,13 @@ def _jvp_by_vjps(term: Term, theta: Tensor, v: Tensor) -> Tensor:
 
 
 def _vjp_of_vjp(term: Term, u: Tensor, v: Tensor) -> Tensor:
-    """T2(u, v, ·) by reverse mode alone."""
+    """Return T2(u, v, ·) in reverse mode alone."""
     with torch.enable_grad():
         return _pull_back_twice(term, u, v).detach()
 
 
 def _jvp_of_jvp_by_vjps(term: Term, v: Tensor, w: Tensor) -> Tensor:
-    """T2(·, v, w) by reverse mode alone: the gradient in u of ⟨T2(u, v, ·), w⟩, which is linear in u."""
+    """Return T2(·, v, w) in reverse mode alone: the gradient in u of ⟨T2(u, v, ·), w⟩, which is linear in u."""
     with torch.enable_grad():
         with torch.no_grad():
             u = torch.zeros_like(term(v))
@@ -240,14 +241,14 @@ _DERIVATIVES: dict[Product, tuple[Callable[..., Tensor], Callable[..., Tensor]]]
     "second_derivative": (_jvp_of_jvp, _jvp_of_jvp_by_vjps),
     "second_derivative_vjp": (_vjp_of_jvp, _vjp_of_vjp),
 }
-"""Each product in forward mode, and by reverse mode alone."""
+"""For each product, its function in forward mode and its function in reverse mode alone."""
 
 
 class _Unfused(TorchFunctionMode):
-    """Replace fused functions by their definitions, because those can be differentiated twice.
+    """Replace fused functions by their definitions, which can be differentiated twice.
 
-    Differentiating the forward-mode derivative of torch's layer norm once more, in either mode, gives wrong numbers
-    without an error (by 13 to 48 % on GPT-2 and GPT-NeoX, torch 2.13). That of SiLU has no forward derivative.
+    If the forward-mode derivative of torch's layer norm is differentiated again, in either mode, the result is wrong
+    without an error (by 13 to 48 % on GPT-2 and GPT-NeoX, torch 2.13). The derivative of SiLU has no forward mode.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -19,22 +19,22 @@ Target = Float[Tensor, "m d_target"]
 
 
 class DifferentiableMap(ABC):
-    """A map Δ: R^{d_source} → R^{d_target} with Δ(0) = 0, known by its products with vectors.
+    """A map Δ: R^{d_source} → R^{d_target} with Δ(0) = 0, of which products with vectors are computed.
 
-    Every product takes a batch with one factor a row, and works through it in chunks of `chunk_size` rows, because
-    memory then depends on the chunk and not on the number of factors. Results are float32, or float64 for a float64
-    map. A subclass implements one method, :meth:`_product`.
+    Every product takes a batch with one row for each factor, and computes `chunk_size` rows at a time, so memory
+    depends on the chunk and not on the number of factors. Results are float32, or float64 for a float64 map. A subclass
+    implements one method, :meth:`_product`.
 
     Attributes
     ----------
     d_source, d_target : int
         Widths of its input θ and of its output.
     dtype, device : torch.dtype, torch.device
-        What results are, and where they lie.
+        Type and device of the results.
     chunk_size : int
         Rows computed at once. It changes cost, not results.
     scale : float
-        A typical norm of what θ is added to: where :func:`dctlib.calibrate` starts its search.
+        A typical norm of what θ is added to, from which :func:`dctlib.calibrate` starts its search.
     source, target : int or None
         Layers s and t of a transformer slice; None for a plain function.
     """
@@ -66,7 +66,7 @@ class DifferentiableMap(ABC):
         return self.value_and_vjp(theta, cotangent)[1]
 
     def vjp_at_zero(self, cotangent: Target) -> Source:
-        """Return T1ᵀ u_l: ``vjp`` at θ = 0, for less, because a chunk of rows shares one row's forward pass."""
+        """Return T1ᵀ u_l: ``vjp`` at θ = 0 at a lower cost, because a chunk of rows shares one forward pass."""
         return self._product("vjp_at_zero", cotangent=cotangent)
 
     def jvp(self, theta: Source, tangent: Source) -> Target:
@@ -91,7 +91,7 @@ class DifferentiableMap(ABC):
             try:
                 result = function(*(rows[first : first + self.chunk_size] for rows in arguments)).detach()
             except torch.OutOfMemoryError:
-                result = None  # and no longer a traceback, which would keep what did not fit
+                result = None  # halved outside `except`, whose traceback keeps the memory in use
             if result is None:
                 self._halve_chunk(total - first)
             else:
@@ -112,10 +112,10 @@ class DifferentiableMap(ABC):
         return [value.detach().to(self.device, self.dtype) for value in rows.values()]
 
     def _halve_chunk(self, rows: int) -> None:
-        """Halve the chunk after an out-of-memory error with `rows` to go, or raise ValueError at one row."""
+        """Halve the chunk after an out-of-memory error with `rows` rows left, or raise ValueError if it had one row."""
         tried = min(self.chunk_size, rows)
         if tried == 1:
-            raise ValueError("not even one factor fits the device's memory: take fewer or shorter prompts, or bfloat16")
+            raise ValueError("one factor exceeds the device's memory; use fewer or shorter prompts, or bfloat16")
         self.chunk_size = tried // 2
         warnings.warn(f"out of memory: going on with chunks of {self.chunk_size} factors", stacklevel=5)
         if self.device.type == "cuda":
@@ -125,12 +125,12 @@ class DifferentiableMap(ABC):
 def gaussian(
     cmap: DifferentiableMap, rows: int, columns: int, generator: torch.Generator
 ) -> Float[Tensor, "rows columns"]:
-    """Return normal numbers of the map's type and device, drawn on the CPU to be the same for every device."""
+    """Return standard normal numbers of the map's type on its device, drawn on the CPU so that devices agree."""
     return torch.randn(rows, columns, generator=generator, dtype=cmap.dtype).to(cmap.device)
 
 
 def check_finite(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """Return what a map gave, or raise ValueError if a number is NaN or infinite."""
+    """Return `rows` of a map's results, or raise ValueError if a number is NaN or infinite."""
     if not torch.isfinite(rows).all():
         raise ValueError("the map gave values that are not finite; try dtype='float32' or a smaller input scale")
     return rows

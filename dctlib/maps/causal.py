@@ -1,4 +1,4 @@
-"""The causal map Δ(θ): add θ to the residual stream at a source layer, measure the change at a target layer."""
+"""The causal map Δ(θ): add θ to the residual stream at the source layer, measure the change at the target layer."""
 
 import copy
 import hashlib
@@ -26,9 +26,9 @@ from dctlib.models.packing import pack_prompts
 
 Reduction = Literal["mean", "concatenate"]
 
-# Floating-point numbers that one factor's forward and backward pass keeps of each block: for each token, in units of
-# the model width, and for each pair of tokens and head, because attention is eager. Measured on Llama-shaped blocks;
-# only the chunk size depends on it.
+# Numbers that one factor's forward and backward pass keeps in memory for each block: for each token, in units of the
+# model width, and for each head and pair of tokens, because attention is eager. Measured on Llama-shaped blocks. Only
+# the chunk size depends on them.
 _KEPT_PER_TOKEN = 40
 
 _KEPT_PER_PAIR = 3
@@ -40,14 +40,15 @@ class CausalMap(AutogradMap):
     """The map Δ(θ) of a transformer slice: the mean of h_t(θ) − h_t(0) over prompts and their last positions.
 
     θ is added to h_s, the residual stream at the input of block s, at every position. Build the map with
-    :meth:`from_model`. Blocks s … t−1 are replayed on what one pass over the prompts left at their input, so each
-    product costs (t − s) / (number of blocks) of a full pass, and it is exact. What prompts share at their beginning,
-    such as a chat template, is run once for all of them.
+    :meth:`from_model`. One pass over the prompts records the inputs of blocks s … t−1, and products replay these blocks
+    alone. So a pass costs (t − s) / (number of blocks) of a full one, and the result is exact. A beginning that several
+    prompts share, such as a chat template, is run once for all of them.
 
     With ``reduction="concatenate"`` the map is Δ_concat(θ) = (Δ_1(θ), …, Δ_n(θ)) ∈ R^{n·d}, where Δ_i is the map of
-    prompt i alone; the post's footnote 22 compares the two. A mean keeps what a direction does to all prompts alike.
-    Here what it does to each counts, because ‖Δ_concat‖² is the sum of ‖Δ_i‖², the objective of the original MELBO.
-    Rows of V are steering vectors as ever. A row of U is n changes, one a prompt, so there is nothing to ablate.
+    prompt i alone. The post's footnote 22 compares it with the mean, which keeps only changes that prompts have in
+    common. In the concatenation the changes of single prompts count too: ‖Δ_concat‖² is the sum of ‖Δ_i‖², the
+    objective of the original MELBO. Rows of V are steering vectors in both. A row of U then holds one change for each
+    prompt, so it cannot be ablated.
 
     Attributes
     ----------
@@ -56,9 +57,9 @@ class CausalMap(AutogradMap):
     reduction : {"mean", "concatenate"}
         How prompts are combined.
     tokens : list of int
-        Length of each prompt.
+        Number of tokens of each prompt.
     chunk_size : int
-        Factors replayed at once, from the memory that :meth:`from_model` is given. It may be set.
+        Factors replayed at once. :meth:`from_model` chooses it by `memory`; it may be set afterwards.
     """
 
     def __init__(
@@ -108,27 +109,27 @@ class CausalMap(AutogradMap):
         Parameters
         ----------
         texts : sequence of str
-            Whole prompts (see :func:`dctlib.format_chat`). None is padded, and none sees another.
+            Whole prompts (see :func:`dctlib.format_chat`). They are not padded, and none attends to another.
         source, target : int
-            Layers as in Hugging Face's ``hidden_states``: h_s is the input of block s. ``target`` may be the number
-            of blocks: the last block's output before the final norm.
+            Layers as in Hugging Face's ``hidden_states``: h_s is the input of block s. If ``target`` is the number of
+            blocks, h_t is the last block's output before the final norm.
         positions : int
             The change is averaged over the last `positions` tokens of every prompt.
         reduction : {"mean", "concatenate"}
-            Average the change over prompts, d_target = d, or keep all prompts' changes side by side, in the order of
-            `texts`, d_target = n·d.
+            ``"mean"``: average the change over prompts, d_target = d. ``"concatenate"``: keep the changes of all
+            prompts side by side, in the order of `texts`, d_target = n·d.
         memory : float, optional
-            GiB that a chunk's forward and backward pass may take, besides the model: it sets `chunk_size`, the
-            number of factors replayed at once. Left out, a quarter of what is free on a GPU, and 320 MiB on a CPU,
-            whose caches like small chunks. A GPU that runs out all the same goes on with half the chunk.
+            GiB for the forward and backward pass of a chunk, besides the model. It sets `chunk_size`, the number of
+            factors replayed at once. The default is a quarter of the free memory on a GPU, and 320 MiB on a CPU, whose
+            caches favour small chunks. If a GPU runs out of memory all the same, the chunk is halved.
         compiled : bool
-            Let torch.compile fuse what lies between a block's matrix products. On a GPU it pays from some three
-            hundred passes on: the first takes half a minute, those after it 0.7 of the time. It changes cost, not
-            results. Forward-mode products are not compiled.
+            Compile the blocks with torch.compile. On a GPU this saves time from about three hundred passes on: the
+            first pass takes half a minute, and later ones take 0.7 of their time. It changes cost, not results.
+            Forward-mode products are not compiled.
         device : str or torch.device, optional
-            Where copies of the slice's blocks go, and all products are computed, while the model stays where it is:
-            for a GPU that holds the slice and not the model, which is then loaded with ``device="cpu"``. What is done
-            to the model later, as by :func:`dctlib.steer`, does not reach the copies. Left out, the model's own blocks.
+            Copy the slice's blocks to this device and compute all products there, while the model stays where it is.
+            This serves a GPU that can hold the slice but not the model: load the model with ``device="cpu"``. Later
+            changes of the model, such as :func:`dctlib.steer`, do not reach the copies. The default is to copy nothing.
 
         Raises
         ------
@@ -143,18 +144,18 @@ class CausalMap(AutogradMap):
             raise ValueError(f"got source={source}, target={target!r}, expected source < target <= {len(all_blocks)}")
         target = int(target)
         if positions < 1 or (memory is not None and memory <= 0):
-            raise ValueError(f"got positions={positions}, memory={memory}, expected at least 1, and above 0")
+            raise ValueError(f"got positions={positions}, memory={memory}, expected positions >= 1 and memory > 0")
         if reduction not in get_args(Reduction):
             raise ValueError(f"got reduction={reduction!r}, expected one of {get_args(Reduction)}")
         tokens = [row.to(model.device) for row in tokenize_each(tokenizer, texts)]
         for text, row in zip(texts, tokens, strict=True):
             if row.shape[1] < positions:
                 raise ValueError(
-                    f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}; take longer prompts "
+                    f"prompt {text!r} has {row.shape[1]} tokens, fewer than positions={positions}; use longer prompts "
                     f"or fewer positions"
                 )
         blocks: list[Any] = list(all_blocks[source:target])
-        with eager_attention(model):  # copies of blocks stay as they are here
+        with eager_attention(model):  # copies of blocks keep eager attention
             captures = [capture(model, tree, source=source, target=target) for tree in pack_prompts(model, tokens)]
             if device is not None:
                 blocks = _copy_to(device, blocks)
@@ -169,10 +170,10 @@ class CausalMap(AutogradMap):
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all that the map depends on: weights, configuration, the prompts' tokens, slice and positions.
+        """A hash of all that the map depends on: weights, configuration, tokens, slice, positions and reduction.
 
-        It leaves out residuals, whose last bits depend on the number of threads, and hooks. So do not remember a fit
-        that was made under :func:`dctlib.steer` or :func:`dctlib.ablate`.
+        It does not cover residuals, whose last bits depend on the number of threads, nor hooks. So do not cache a fit
+        that was made inside :func:`dctlib.steer` or :func:`dctlib.ablate`.
         """
         digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())
         for captured in self._captures:
@@ -201,7 +202,7 @@ class CausalMap(AutogradMap):
         return hidden.to(self.dtype).sum(1) / (len(self.tokens) * self.positions)
 
     def _change_of_each(self, captured: Capture, first: int, theta: Tensor) -> Float[Tensor, "m n_d"]:
-        """Zeros, but for the blocks of prompts `first`, `first` + 1, … of this capture."""
+        """Return the changes of this capture's prompts, from number `first` on, and zeros for all other prompts."""
         hidden = replay(self._blocks, captured, theta)[:, captured.last(self.positions)].to(self.dtype)
         each = hidden.unflatten(1, (-1, self.positions)).mean(2)  # (m, prompts of this capture, d)
         after = len(self.tokens) - first - len(captured.paths)
@@ -224,12 +225,12 @@ def _is_offloaded(blocks: Sequence[Any]) -> bool:
 
 def _copy_to(device: str | torch.device, blocks: Sequence[Any]) -> list[Any]:
     if _is_offloaded(blocks):
-        raise ValueError(f"got device={device!r} and offloaded blocks, expected a model loaded whole, as on 'cpu'")
+        raise ValueError(f"got device={device!r} and offloaded blocks, expected a model loaded whole; use device='cpu'")
     return [copy.deepcopy(block).to(device) for block in blocks]
 
 
 def _chunk_size(cmap: CausalMap, captures: Sequence[Capture], heads: int, memory: float | None) -> int:
-    """Return the number of rows whose forward and backward pass take `memory` GiB, or what a device has for them."""
+    """Return how many rows have forward and backward passes that fit in `memory` GiB, or in the device's default."""
     tokens = max(captured.hidden.shape[1] for captured in captures)
     kept = tokens * (_KEPT_PER_TOKEN * cmap.d_source + _KEPT_PER_PAIR * heads * tokens)
     bytes_per_row = kept * len(captures[0].calls) * captures[0].hidden.element_size()

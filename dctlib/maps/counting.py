@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dctlib.maps.base import DifferentiableMap, Product
 
-# Forward and backward passes of one row. Forward-mode differentiation carries a tangent beside the value, which is
-# work like that of a second forward pass, so a jvp counts two, and a jvp of a jvp four.
+# Forward and backward passes of one row. Forward-mode differentiation carries a tangent beside the value, which costs
+# about a second forward pass. So a jvp counts as two passes, and a jvp of a jvp as four.
 _PASSES: dict[Product, tuple[int, int]] = {
     "value": (1, 0),
     "value_and_vjp": (1, 1),
@@ -18,7 +18,7 @@ _PASSES: dict[Product, tuple[int, int]] = {
 
 
 class PassCounter(DifferentiableMap):
-    """The same map, and the number of passes that its products have taken.
+    """A map that counts the passes that its products take.
 
     A pass takes one vector through the slice, over all prompts.
 
@@ -40,7 +40,7 @@ class PassCounter(DifferentiableMap):
     def _product(self, name: Product, **rows: Tensor) -> Tensor:
         count = len(next(iter(rows.values())))
         if name == "vjp_at_zero":
-            self.forward += math.ceil(count / self._cmap.chunk_size)  # a chunk shares one
+            self.forward += math.ceil(count / self._cmap.chunk_size)  # the rows of a chunk share one
             self.backward += count
         else:
             forward, backward = _PASSES[name]

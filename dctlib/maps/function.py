@@ -18,7 +18,7 @@ class FunctionMap(AutogradMap):
     d_source, d_target : int
         Widths of its input and output.
     dtype : torch.dtype, optional
-        What it computes in. Left out, torch's default, or float64 for a function that takes no other.
+        Type in which it computes. The default is torch's, or float64 if `function` raises RuntimeError in that.
     device : str or torch.device
         Where it computes.
     chunk_size : int

@@ -1,4 +1,4 @@
-"""Rows of unit length, and ways to keep them apart, without which all factors collapse onto the strongest."""
+"""Unit rows, and ways to keep them apart: without these, all factors collapse onto the strongest one."""
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,8 @@ def normalise(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
 def orthonormal_rows(V: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
     """Return Q of the QR decomposition of the rows of V, m ≤ d, with R's diagonal positive (step 1 of Algorithm 3).
 
-    LAPACK leaves the signs of that diagonal open and usually makes them negative, which would turn v into −v. For an
-    exponential factor that is another function.
+    LAPACK does not fix the signs of that diagonal and usually makes them negative, which would turn v into −v. An
+    exponential factor with −v is another function.
     """
     Q, R = torch.linalg.qr(V.T)
     return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).T.contiguous()
@@ -26,9 +26,9 @@ def softly_orthogonal_rows(
     """Push the unit rows of V away from their near neighbours; rows that are far apart stay as they are.
 
     In each of `rounds` rounds, row l loses Σ_k w_lk ⟨v_l, v_k⟩ v_k, where w_l is the softmax over k ≠ l of
-    |⟨v_l, v_k⟩| / `temperature`. The lower that is, the more the nearest neighbour alone counts. Unlike QR, it hardly
-    moves factors that overlap a little, and there may be more rows than columns. One round is too few to keep strong
-    factors from being found many times over (planted quadratic ones: .73 to .90 mean max cosine).
+    |⟨v_l, v_k⟩| / `temperature`. The lower the temperature, the more the nearest neighbour alone counts. Unlike QR,
+    this hardly moves factors that overlap a little, and it allows more rows than columns. After one round alone, strong
+    factors are still found many times over (planted quadratic ones: .73 to .90 mean max cosine).
     """
     V = normalise(V)
     for _ in range(rounds if len(V) > 1 else 0):

@@ -32,16 +32,16 @@ class Capture:
     Attributes
     ----------
     tokens : Tensor, (1, tokens)
-        Token ids; what some prompts share is there once.
+        Token ids. A beginning that several prompts share is there once.
     paths : list of Tensor, (t,)
         For every prompt, the positions of its tokens in `tokens`, first to last.
     hidden : Tensor, (1, tokens, d)
-        The residual stream at the input of the first block of the slice, before what :func:`dctlib.steer` adds there,
-        which a replay inside the same context adds itself.
+        The residual stream at the input of the slice's first block, without the vector that :func:`dctlib.steer` adds
+        there. A replay inside the same context adds that vector itself.
     calls : list of (args, kwargs)
-        What the model passed to each block besides the residual: masks, rotary embeddings, positions.
+        Arguments of each block other than the residual: masks, rotary embeddings, positions.
     takes_batches : bool
-        Whether blocks take these arguments with any number of rows; else a replay runs its rows one at a time.
+        Whether blocks accept these arguments with any number of rows. If not, a replay runs its rows one at a time.
     """
 
     tokens: Tensor
@@ -51,7 +51,7 @@ class Capture:
     takes_batches: bool = True
 
     def last(self, positions: int = 1) -> Tensor:
-        """Return where the last `positions` tokens of every prompt are, prompt after prompt: (prompts · positions,)."""
+        """Return the indices of the last `positions` tokens of every prompt, in order: (prompts · positions,)."""
         return torch.cat([path[-positions:] for path in self.paths])
 
 
@@ -78,7 +78,7 @@ def _capture(model: PreTrainedModel, tree: PromptTree, source: int, target: int,
         hidden.append(residual.detach())
         calls.append((other_args, other_kwargs))
 
-    # A model compiled before would pass hooks over.
+    # A model that was compiled earlier would not call the hooks.
     with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for block in list(get_blocks(model))[source:target]:
             handle = block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
@@ -89,10 +89,10 @@ def _capture(model: PreTrainedModel, tree: PromptTree, source: int, target: int,
 
 @once_per_model
 def verify_replay(model: PreTrainedModel, source: int, target: int) -> bool:
-    """Check that a replay of blocks source … target−1 gives what the whole model gives under a vector at `source`.
+    """Check that replaying blocks source … target−1 gives what the whole model gives with a vector added at `source`.
 
-    The vectors are random, half as long as the residual stream, and there are a few tokens. Mixtures of experts may
-    choose other experts where rounding differs, so one of three vectors has to agree.
+    Three random vectors, half as long as the residual stream, are tried on a few tokens. One of them has to agree,
+    because a mixture of experts may choose other experts where rounding differs.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def verify_replay(model: PreTrainedModel, source: int, target: int) -> bool:
             )
         try:
             together = replay(blocks[source:target], replace(single, takes_batches=True), theta)
-        except Exception:  # a mask with a row for each head of the batch, for one
+        except Exception:  # for example, from a mask with a row for each head
             return False
         return least_error(together) <= tolerance(model.dtype)
 
@@ -189,7 +189,7 @@ def activations(
 def replay(blocks: Sequence[nn.Module], capture: Capture, theta: Tensor) -> Tensor:
     """Run the captured slice with θ_l added to h_s at every position, and return h_t: (m, d) → (m, tokens, d).
 
-    Blocks may lie on several devices, where accelerate's hooks move what they are given; the result lies with h_s.
+    Blocks may lie on several devices; accelerate's hooks then move their inputs. The result is on the device of h_s.
     """
     if not capture.takes_batches and len(theta) > 1:
         return torch.cat([replay(blocks, capture, row) for row in theta.split(1)])

@@ -20,7 +20,7 @@ class SyntheticMap:
     U, V : Tensor, (k, d)
         The planted directions.
     alpha : Tensor, (k,)
-        Their weights, evenly from 1.5 to 0.5.
+        Their weights, evenly spaced from 1.5 to 0.5.
     cmap : FunctionMap
         The map Δ.
     """
@@ -50,11 +50,11 @@ def synthetic_map(
     activation : {"linear", "quadratic", "exponential"}
         σ of the planted factors.
     linear : float
-        Norm of the Gaussian rows of a linear part T1 beside them; 0 for none.
+        Typical norm of the rows of an added Gaussian linear part T1; 0 adds none.
     seed : int
         Seed of the factors and of T1.
     """
-    # A stream of its own: calibration and fits draw Gaussian rows from `seed`, which would be the planted ones.
+    # Another seed, because calibration and fits draw Gaussian rows from `seed`, which would be the planted ones.
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     U = normalise(torch.randn(count, d, generator=generator, dtype=dtype))
     V = normalise(torch.randn(count, d, generator=generator, dtype=dtype))
