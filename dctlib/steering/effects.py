@@ -19,11 +19,11 @@ class Effects:
     Attributes
     ----------
     divergence : Tensor, (m, n)
-        KL(steered ‖ clean) of its distribution, in nats.
+        KL(steered ‖ clean) of the next token's distribution, in nats.
     token : Tensor, (m, n)
-        Id of the most likely one.
+        Id of the most likely next token under the vector.
     clean : Tensor, (n,)
-        Id of the most likely one without steering.
+        Id of the most likely next token without steering.
     """
 
     divergence: Float[Tensor, "m n"]
@@ -45,7 +45,7 @@ def effects(
     Raises
     ------
     ValueError
-        If there is no text or vector, they have another width, or the layer is out of range.
+        If there is no text or vector, a vector has another width, or the layer is out of range.
     """
 
     def read(residual: Tensor) -> Tensor:

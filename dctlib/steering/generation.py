@@ -40,8 +40,8 @@ def generate_completions(
 ) -> list[str]:
     """Generate a greedy completion of each text, steered by `vector` at `layer` if one is given.
 
-    Greedy means the most likely token at every step, until one that the model's generation_config.json names as the
-    end. Nothing else in that file counts: no beams, penalties, forced or suppressed tokens, lengths or drafts.
+    Greedy means the most likely token at every step, until an end token that the model's generation_config.json names.
+    Everything else in that file is ignored: beams, penalties, forced or suppressed tokens, lengths and drafts.
 
     Parameters
     ----------
@@ -50,8 +50,8 @@ def generate_completions(
     vector : Tensor or array, (d,) or (n, d), optional
         One for all texts, or one for each.
     batch_size : int
-        Texts of a batch are padded on the left and masked, so a completion does not depend on the other texts. That
-        is verified once for each model; one for which it does not hold runs the texts one by one.
+        Texts of a batch are padded on the left and masked, so a completion does not depend on the other texts. This
+        is verified once for each model. A model for which it does not hold runs the texts one by one.
     processor : LogitsProcessor, optional
         Changes the logits before the largest is taken.
 
@@ -63,8 +63,8 @@ def generate_completions(
     Raises
     ------
     ValueError
-        If a vector comes without a layer, or their number is not that of the texts; or if the model's logits are
-        not a number.
+        If a vector is given without a layer, there is neither one vector nor one for each text, or the model's logits
+        are not a number.
     """
     vectors = None if vector is None else as_rows(vector, residual_width(model), name="vector")
     if vectors is not None and (layer is None or len(vectors) not in (1, len(texts))):
@@ -96,7 +96,7 @@ def generate_completions(
 def _generate(
     model: Any, prompts: list[Int[Tensor, " t"]], config: GenerationConfig, processor: LogitsProcessor | None = None
 ) -> Any:
-    """Return what ``generate`` returns behind prompts that are padded on the left: new tokens alone, or an output."""
+    """Return the new tokens after left-padded prompts, or the output object of ``generate`` if it returns one."""
     plain = unwrap(model)
     tokens = pad_sequence(prompts, batch_first=True, padding_value=config.pad_token_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
@@ -114,15 +114,15 @@ def _generate(
 
 @contextmanager
 def _greedy(model: Any, end: Any, pad: int) -> Iterator[GenerationConfig]:
-    """Let `model` generate greedily inside the context, with nothing of its generation_config but the end tokens.
+    """Let `model` generate greedily inside the context, with only the end tokens of its generation_config.
 
-    Without them, `end` is the end token. The model is in evaluation mode inside.
+    If it names none, `end` is the end token. The model is in evaluation mode inside.
     """
     plain = unwrap(model)
     own = plain.generation_config
     ends = own.eos_token_id if own is not None and own.eos_token_id is not None else end
     config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
-    # generate fills what its argument leaves open from the model's own, and PEFT keeps another.
+    # `generate` fills gaps in its argument from the model's own config, and PEFT keeps a second one.
     holders = [each for each in dict.fromkeys((plain, model)) if "generation_config" in vars(each)]
     before = [holder.generation_config for holder in holders]
     try:
@@ -137,9 +137,9 @@ def _greedy(model: Any, end: Any, pad: int) -> Iterator[GenerationConfig]:
 
 @once_per_model
 def batches_exactly(model: PreTrainedModel) -> bool:
-    """Return whether a text that is padded in a batch gets the logits that it gets alone.
+    """Return whether a text gets the same logits padded in a batch as alone.
 
-    Some families count positions from the padding on, or carry it in a recurrent state.
+    In some families, positions count the padding, or a recurrent state carries it.
 
     Raises
     ------
@@ -165,19 +165,19 @@ def batches_exactly(model: PreTrainedModel) -> bool:
 
 
 class _Number(LogitsProcessor):
-    """Refuse logits of which none is the largest."""
+    """Raise ValueError for logits that are not a number, because none is then the largest."""
 
     def __call__(self, input_ids: Int[Tensor, "batch t"], scores: Float[Tensor, "batch v"]) -> Float[Tensor, "batch v"]:
         if scores.isnan().any():
             raise ValueError(
-                "the model's logits are not a number: are its weights damaged, or does a block overflow? Try "
+                "the model's logits are not a number: its weights may be damaged, or a block may overflow; try "
                 "dtype='float32', or shorter vectors"
             )
         return scores
 
 
 def _make_contiguous(_head: nn.Module, args: tuple) -> tuple:
-    # torch's matmul on a CPU copies the head's weights once for every strided row: half the time of a completion.
+    # On a CPU, torch's matmul copies the head's weights for every strided row, half of a completion's time.
     return (args[0].contiguous(), *args[1:]) if args else args
 
 

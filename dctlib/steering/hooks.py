@@ -52,18 +52,18 @@ def steer(
         The layer at which the vector was fitted (the transcoder's ``source``). The number of blocks stands for the
         last block's output, before the final norm, which control vectors of other tools steer too.
     vector : Tensor, array or list, (d,) or (batch, d)
-        One vector for all rows of the batch, or one for each. Its length is the strength: pass ``R * v``. Where
-        ``generate`` repeats prompts, for beams or several answers, it takes one for each prompt.
+        One vector for all rows of the batch, or one for each. Its length is the strength: pass ``R * v``. If
+        ``generate`` repeats prompts, for beams or several answers, pass one vector for each prompt.
     positions : {"all", "prompt", "generated"} or bool Tensor, (tokens,) or (batch, tokens)
-        Which tokens are steered. The prompt is what ``generate`` is given, or a whole pass outside it. A mask covers
-        the prompt, padding included, and leaves generated tokens alone.
+        Which tokens are steered. The prompt is what ``generate`` is given; outside it, a pass without a cache. A mask
+        covers the prompt, padding included, and leaves generated tokens alone.
 
     Raises
     ------
     ValueError
         If the layer or the shape does not fit the model, the vector is not finite in the model's dtype, or the batch
         has another number of rows than the vector. Inside the context: if a pass of the model does not call the
-        hook, or it cannot be told which of its tokens belong to the prompt.
+        hook, or if it is not known which of its tokens belong to the prompt.
     """
     plain, blocks = unwrap(model), get_blocks(model)
     behind_last = layer == len(blocks)
@@ -76,7 +76,7 @@ def steer(
     if follow and (devices := devices_of(model)) > 1:
         raise ValueError(
             f"DataParallel splits each batch over {devices} devices, so rows and positions are lost; steer the model "
-            f"that it wraps, or one vector at all positions"
+            f"that it wraps, or use one vector at all positions"
         )
     _cast(vectors, plain.dtype)  # refused before any pass
 
@@ -155,7 +155,7 @@ def ablate(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> I
             args = (*args[:place], _without(args[place], basis), *args[place + 1 :])
         return args, kwargs
 
-    with unhooked(plain):  # what is steered already does not change which modules write
+    with unhooked(plain):  # an outer context must not change which modules are found
         writers = residual_writers(plain).modules
     inside = {part for block in blocks for part in block.modules()}
     with ExitStack() as hooks:
@@ -170,23 +170,22 @@ def ablate(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> I
 def ablated_copy(model: nn.Module, directions: Float[Tensor, "*k d"] | ArrayLike) -> PreTrainedModel:
     """Return a copy of `model` whose edited weights write nothing into the span of `directions`, for export.
 
-    It computes what the model does under :func:`ablate`, which is verified on a few tokens. Active adapters of PEFT
-    are merged into its weights. Tied embeddings are untied, because the input embedding is projected and the
-    unembedding is not.
+    The copy computes what the model does under :func:`ablate`, which is verified on a few tokens. Active adapters of
+    PEFT are merged into its weights. Tied embeddings are untied, because only the input embedding is projected.
 
     Raises
     ------
     ValueError
-        As :func:`ablate`; if weights are offloaded or quantised; if an adapter cannot be merged; for families where
-        no edit of weights is equal to it, as those with a norm or mixtures of experts between a layer's output and
-        the residual stream; and if the copy's logits differ from the ablated model's.
+        As :func:`ablate`; if weights are offloaded or quantised; if an adapter cannot be merged; if no edit of weights
+        equals ablation in this family, such as with a norm or a mixture of experts between a layer's output and the
+        residual stream; or if the copy's logits differ from the ablated model's.
     """
     plain = unwrap(model)
     basis = _span(plain, directions)
     if is_watched(plain):
         raise ValueError("the model is being steered or ablated, which a copy would keep; copy it outside the context")
     if any(has_offloaded_params(module) for module in plain.modules()):
-        raise ValueError("weights are offloaded, which no edit reaches; load the model whole, as on device='cpu'")
+        raise ValueError("weights are offloaded, which no edit reaches; load the model whole, with device='cpu'")
     if not has_adapters(plain):
         editable_writers(plain)  # refused before the copy is made
     copied: Any = plain_copy(model)
@@ -235,13 +234,13 @@ def as_rows(values: Any, d: int, *, name: str) -> Float[Tensor, "k d"]:
             values = torch.stack([torch.as_tensor(each) for each in values])
         rows = values.to_dense() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"got a {name} that is no array of numbers, {error}; expected ({d},) or (k, {d})") from error
+        raise ValueError(f"got a {name} that is no array of numbers ({error}), expected ({d},) or (k, {d})") from error
     if rows.ndim not in (1, 2) or rows.shape[-1] != d or not rows.numel():
         raise ValueError(f"got a {name} of shape {tuple(rows.shape)}, expected ({d},) or (k, {d})")
     if rows.is_complex() or rows.dtype == torch.bool or rows.is_meta:
         raise ValueError(f"got a {name} of {rows.dtype} on {rows.device}, expected real numbers")
     if not rows.isfinite().all():
-        raise ValueError(f"the {name} is not finite")
+        raise ValueError(f"got a {name} that is not finite, expected finite numbers")
     return rows.reshape(-1, d)
 
 
@@ -273,7 +272,7 @@ def _span(model: PreTrainedModel, directions: Any) -> Float[Tensor, "k d"]:
     rows = rows.detach() / rows.detach().abs().amax(dim=1, keepdim=True)  # in its own type, which holds its length
     rows = rows.to(model.device, torch.promote_types(model.dtype, torch.float32))
     if not rows.isfinite().all():
-        raise ValueError("a direction to ablate is zero or not finite")
+        raise ValueError("got a direction that is zero or not finite, expected one of any other length")
     _, values, right = torch.linalg.svd(torch.nn.functional.normalize(rows), full_matrices=False)
     return right[values > len(rows) * torch.finfo(rows.dtype).eps * values[0]]
 

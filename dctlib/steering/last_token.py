@@ -1,4 +1,4 @@
-"""The last token's residual under many steering vectors, with each prompt's unsteered prefix captured once."""
+"""The last token's residual under many steering vectors: the blocks below the layer run once for all of them."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from dctlib.models.blocks import check_layer, eager_attention, get_blocks, resid
 from dctlib.models.chat import tokenize_each
 from dctlib.models.packing import pack_prompts
 
-_TOKENS = 2560  # of a batch of vectors
+_TOKENS = 2560  # replayed at once, over a batch of vectors
 
 
 def replay_last_token(
@@ -38,9 +38,9 @@ def replay_last_token(
     vectors : Tensor, (m, d)
         Each is added to h_layer at every position.
     read : callable
-        ``read(residual)``: from that behind the last block, (k, prompts, d), to (k, prompts, …).
+        ``read(residual)`` maps the output of the last block, (k, prompts, d), to (k, prompts, …).
     compare : callable, optional
-        ``compare(steered, clean)``: from what `read` returns with the vectors and, with k = 1, without.
+        ``compare(steered, clean)`` makes the result from what `read` returns with the vectors and without (k = 1).
 
     Returns
     -------

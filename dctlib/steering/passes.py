@@ -1,4 +1,4 @@
-"""Passes of a model inside a context: eager, checked for hooks that did not fire, and placed within their sequence."""
+"""Watch a model's passes inside a context: run them eagerly, check that hooks fire, and locate their tokens."""
 
 import functools
 import inspect
@@ -60,7 +60,7 @@ class _Generation:
     inputs : Tensor or None
         Tokens or embeddings prepared for the next pass.
     length : int
-        Tokens of the sequence so far, those included.
+        Tokens of the sequence so far, including `inputs`.
     """
 
     prompts: int = 0
@@ -77,13 +77,13 @@ class Passes:
         self._generation: _Generation | None = None
         self._expected = False  # whether generate prepared the pass that runs
         self._past: int | None = None  # tokens before those of the pass; None outside one, -1 if not known
-        self._packed = False  # whether the pass has a mask of its own making, as for several prompts in one row
+        self._packed = False  # whether the mask is not (batch, tokens), as for several prompts packed in one row
 
     def match_rows(self, rows: Tensor, batch: int, *, name: str) -> Tensor:
         """Return one of `rows` for each row of a batch, or a single one for all.
 
-        Where ``generate`` repeats each prompt, for beams or several answers, its row is repeated alike. Beams change
-        places among those of one prompt alone.
+        If ``generate`` repeats each prompt, for beams or several answers, its row is repeated as often. Beams only
+        change places with beams of the same prompt.
 
         Raises
         ------
@@ -103,14 +103,14 @@ class Passes:
         )
 
     def place(self, tokens: int) -> tuple[int, int]:
-        """Return where the `tokens` of this pass begin in their sequence, and how many of them are the prompt's.
+        """Return where the `tokens` of this pass begin in their sequence, and how many of them belong to the prompt.
 
         Outside ``generate``, a pass without a past is a prompt, and a single token behind a past is generated.
 
         Raises
         ------
         ValueError
-            If it cannot be told.
+            If that is not known.
         """
         generation, past = self._generation, self._past
         if past is None:
@@ -132,7 +132,7 @@ class Passes:
         return past, min(max(generation.prompt_tokens - past, 0), tokens)
 
     def select(self, positions: str | Bool[Tensor, "rows prompt"], hidden: Tensor) -> Bool[Tensor, "rows tokens"]:
-        """Return which of the tokens of `hidden`, (batch, tokens, d), `positions` mean in this pass."""
+        """Return which tokens of `hidden`, (batch, tokens, d), `positions` selects in this pass."""
         tokens = hidden.shape[1]
         first, of_prompt = self.place(tokens)
         is_prompt = (torch.arange(tokens, device=hidden.device) < of_prompt)[None]
@@ -183,7 +183,7 @@ class Passes:
         def follow_run(*args: Any, **kwargs: Any) -> Any:
             outer = self._generation
             mask = kwargs.get("attention_mask")
-            # A draft model that is this model generates within a call: the prompt stays the outer one's.
+            # If this model is its own draft model, it generates inside a call; the prompt stays that of the outer call.
             known = outer.prompt_tokens if outer else 0
             generation = _Generation(prompt_tokens=known, length=0 if mask is None else mask.shape[1])
             self._generation = generation
@@ -193,7 +193,7 @@ class Passes:
                 self._generation = outer
             if not generation.prompts:
                 raise ValueError(
-                    "generate kept its prompts to itself, as continuous batching does, so rows and positions are not "
+                    "generate kept its prompts to itself, as with continuous batching, so rows and positions are not "
                     "known; steer by one vector at all positions"
                 )
             return result
@@ -216,7 +216,7 @@ class Passes:
             return prepared
 
         def refuse_healing(*_args: Any, **_kwargs: Any) -> Any:
-            raise ValueError("token_healing rewrites the end of a prompt, which then has no length; leave it out")
+            raise ValueError("token_healing rewrites the end of a prompt, so its length is not known; leave it out")
 
         followers = (follow_run, follow_expand, follow_prepare, refuse_healing)
         replaced = {
@@ -280,13 +280,13 @@ def watch_passes(model: Any, sites: Sequence[nn.Module], *, follow: bool = False
     def end(module: nn.Module, _args: tuple, _output: Any) -> None:
         if any(holder.forward != forward for holder, forward in forwards.items()):
             return  # replaced inside the context, as to compute logits of a residual alone
-        skipped = blocks[plain.config.get_text_config().num_hidden_layers :]  # a draft by the first blocks alone
+        skipped = blocks[plain.config.get_text_config().num_hidden_layers :]  # a draft runs the first blocks alone
         unused = {part for block in skipped for part in block.modules()}
         missing = [site for site in sites if called.get(site, 0) < begun[id(module)] and site not in unused]
         if missing:
             raise ValueError(
                 f"{type(module).__name__} ran without {len(missing)} of {len(sites)} hooks, the first on a "
-                f"{type(missing[0]).__name__}: a CUDA graph, an exported program or layer drop left them out; load "
+                f"{type(missing[0]).__name__}: a CUDA graph, an exported program or layer drop left them out; use "
                 f"the model without it"
             )
 

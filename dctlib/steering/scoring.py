@@ -32,11 +32,11 @@ class Scores:
     is_top1: Bool[Tensor, "m n"]
 
     def ranking(self, *, min_top1: float = 0.5) -> list[int]:
-        """Return the numbers of the vectors, best first: by mean difference, under a condition on the top token.
+        """Return the indices of the vectors, best first: by mean difference, under a condition on the top token.
 
-        Vectors under which the positive word comes first on less than a fraction `min_top1` of the texts stand
-        behind all others, because a difference of two logits also rises where a vector breaks the model and both
-        words become unlikely. With 0 the mean difference alone decides.
+        If the positive word is the most likely token on less than a fraction `min_top1` of the texts, the vector ranks
+        behind all others. The reason is that the difference also rises if a vector breaks the model and both words
+        become unlikely. With 0 the mean difference alone decides.
         """
         by_score = self.logit_diff.mean(1).argsort(descending=True, stable=True)
         qualifies = self.is_top1.float().mean(1)[by_score] >= min_top1
@@ -130,7 +130,7 @@ def score_texts(
 ) -> Float[Tensor, " n"]:
     """Return logit(positive) − logit(negative) after each text, with the model as it is.
 
-    Inside :func:`dctlib.steer` or :func:`dctlib.ablate` that is the steered or ablated model.
+    Inside :func:`dctlib.steer` or :func:`dctlib.ablate` this is the steered or ablated model.
     """
     words = torch.tensor(_words(tokenizer, positive, negative), device=model.device)
     decoder: Any = unwrap(model).base_model
@@ -154,6 +154,6 @@ def single_token(tokenizer: PreTrainedTokenizerBase, word: str, parameter: str) 
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(
-            f"{parameter}={word!r} is {len(ids)} tokens {pieces} for this tokenizer; choose a one-token word"
+            f"{parameter}={word!r} is {len(ids)} tokens {pieces} for this tokenizer; choose a word of one token"
         )
     return ids[0]
