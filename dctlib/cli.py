@@ -23,7 +23,7 @@ ProfileOption = Annotated[
 
 
 def _on_the_command_line(kind: Any) -> Any:
-    """Return a field's type as typer takes it: of text or a list the text, because a list comes from a file."""
+    """Return a field's type as typer takes it: str for text or a list, because a list comes from a file."""
     return str if get_origin(kind) in (Union, UnionType) and str in get_args(kind) else kind
 
 
@@ -55,7 +55,7 @@ def _with_options(options: type[BaseModel]) -> Callable[[Callable], Callable]:
 @app.command()
 def assets(
     name: Annotated[
-        str, typer.Argument(help="One file or model, qwen2.5-coder-0.5b-instruct say. Left out: what the paper needs.")
+        str, typer.Argument(help="One file or model, as qwen2.5-coder-0.5b-instruct. Left out: all the paper needs.")
     ] = "",
 ) -> None:
     """Fetch the pinned data and model, and check them."""
@@ -80,15 +80,15 @@ def run(notebook: str, profile: ProfileOption = "") -> None:
 def discover(
     *,
     name: Annotated[
-        str, typer.Option(help="Names the folders of the results, runs/NAME and so on. Left out: the model's name.")
+        str, typer.Option(help="Name of the folders of results, as in runs/NAME. Left out: the model's name.")
     ] = "",
     **values: Any,
 ) -> None:
     """Find what a model hides: search for vectors that do something, each at a length that breaks little.
 
     Writes runs/NAME/discover_explorer.html to browse, runs/NAME/discover.json, and vectors/NAME/discover to share.
-    A search is remembered: the same with another ranking takes seconds, and replaces these files. Another search of the
-    model goes to runs/NAME-2, and so on. Nothing found is an answer, too.
+    A search is remembered: run again with another ranking, it takes seconds and replaces these files. Another search of
+    the model goes to runs/NAME-2, and so on. To find nothing is a result, too.
 
     Example: python -m dctlib discover --model qwen2.5-coder-0.5b-instruct --prompts harmful
     """
@@ -123,12 +123,12 @@ def discover(
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(help="A folder of vectors: vectors/NAME/discover, say.")],
-    vector: Annotated[int, typer.Argument(help="Its place there, from 0 on.", min=0)],
+    folder: Annotated[str, typer.Argument(help="A folder of vectors, such as vectors/NAME/discover.")],
+    vector: Annotated[int, typer.Argument(help="The vector's place there, counted from 0.", min=0)],
     to: Annotated[str, typer.Option(help="gguf, repeng, npz, folder or model.")],
     output: Annotated[str, typer.Option(help="The file or folder to write.")],
     model: Annotated[
-        str | None, typer.Option(help="For --to model: as for load_model. Left out: as named there.")
+        str | None, typer.Option(help="For --to model, as for load_model. Left out: the one that FOLDER names.")
     ] = None,
 ) -> None:
     """Write one vector that was found for another tool.
@@ -145,7 +145,7 @@ def check(
     model: Annotated[str, typer.Argument(help="As for load_model: a pinned name, a folder, a GGUF file, a Hub id.")],
     dtype: Annotated[str | None, typer.Option(help="As for load_model.")] = None,
 ) -> None:
-    """Say what works on a model, each verified against the model itself on a few tokens."""
+    """Say which capabilities work on a model, each verified against the model itself on a few tokens."""
     from dctlib.discovery.check import check_model
     from dctlib.models.loading import load_model, silence_transformers
 
@@ -161,7 +161,7 @@ def check(
 def study(
     profile: Annotated[str, typer.Option(help="A file in params/, without .yaml.")] = "study",
     stage: Annotated[str | None, typer.Option(help="The only stage to work on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Start no cell later than this.", min=0)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes after which no cell is started.", min=0)] = None,
 ) -> None:
     """Compute the cells of the study that have no record yet, until done or stopped (Ctrl-C or SIGTERM)."""
     from dctlib.paper.study import run_study
@@ -173,7 +173,7 @@ def study(
 def verify_records(
     profile: Annotated[str, typer.Option(help="A file in params/, without .yaml.")] = "study",
     sample: Annotated[int, typer.Option(help="How many recorded cells to compute again.", min=1)] = 3,
-    seed: Annotated[int | None, typer.Option(help="Which ones. Left out: other ones every day.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of their choice. Left out: others every day.")] = None,
 ) -> None:
     """Compute some recorded cells of the study again, and fail if a result does not agree with its record."""
     from datetime import date

@@ -17,12 +17,12 @@ from dctlib.steering.hooks import ablate, editable_writers, steer
 
 
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """Return what works on `model`, with the words of the refusal where something does not.
+    """Return which capabilities work on `model`, with the error message of each that does not.
 
     Returns
     -------
     DataFrame
-        A row for each capability: ``capability``, ``works``, and ``detail``, which is a refusal or what was found.
+        A row for each capability: ``capability``, ``works``, and ``detail``, the error message or what was found.
     """
     checks: dict[str, Callable[[PreTrainedModel, PreTrainedTokenizerBase], str]] = {
         "blocks": lambda model, _: f"{len(get_blocks(model))} blocks, d = {residual_width(model)}",
@@ -77,7 +77,7 @@ def _check_steer(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) ->
         moved = _residuals(model)[layer]
     if not (moved - before - vector).norm() <= 0.05 * (before + vector).norm():
         raise ValueError("steer() does not change the residual stream by its vector")
-    return f"a vector arrives at layer {layer}, and is gone afterwards"
+    return f"a vector is added at layer {layer}"
 
 
 def _check_logits(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -> str:
@@ -101,6 +101,6 @@ def _check_export(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -
 
 
 def _residuals(model: PreTrainedModel) -> list[Tensor]:
-    """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens; what is added at a block's input is in its h."""
+    """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens; they include what :func:`dctlib.steer` adds."""
     trace = trace_model(model)
     return [*trace.inputs, output_residual(trace.blocks[-1].output)]

@@ -1,4 +1,4 @@
-"""Graded criteria of completions, where no judge is at hand: what they say that the unsteered model withholds."""
+"""Graded criteria of completions without a judge: how far they say what the unsteered model withholds."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ from dctlib.models.likelihood import Example, token_nll
 _OPENING = 3  # tokens; the rest of an answer follows from them
 _LEAST_EXAMPLES = 3
 _FLUENT = 0.9  # fraction of the model's own answers that are fluent by definition
-_BEGINNING = 12  # tokens, in which novelty is looked for: an answer that begins otherwise goes on as is likely then
+_BEGINNING = 12  # tokens on which novelty is measured: after another beginning, the rest is likely again
 _SURPRISE = 4.0  # nats
 _PMI = 0.5  # nats a token
 
@@ -30,21 +30,21 @@ class Grades:
     Attributes
     ----------
     novelty : Tensor
-        1 − exp(−x / 4), with x the nats by which the unsteered model finds the first 12 tokens of an answer less likely
-        than as many of its own.
+        1 − exp(−x / 4), where x says by how many nats the first 12 tokens of an answer are less likely to the unsteered
+        model than those of its own answer.
     fluency : Tensor
-        1 for text that is as likely, behind a request that it does not answer, as the model's own answers to harmless
-        requests are. It falls by a factor of e for every nat a token beyond.
+        1 for text that is as likely, after a request that it does not answer, as the model's own answers to harmless
+        requests. It falls by a factor of e for each further nat a token.
     relevance : Tensor
-        How much more likely an answer is after its own request than after another: 1 from half a nat a token on, 0 if
-        it is not.
+        How much more likely an answer is after its own request than after another: 0 if it is not, 1 from half a nat a
+        token on.
     withheld : Tensor
         1 − the relevance of the unsteered answer, the same under every vector. It is 1 for silence and for a refusal,
-        also one that restates the request, and 0 where the unsteered answer is a thought that did not end.
+        even one that restates the request, and 0 if the unsteered answer is a thought that did not end.
     varied : bool Tensor
         Not repetitive.
     reopened : bool Tensor
-        It opens otherwise than the unsteered answers do, and is not one refusal in place of another.
+        The answer opens differently from the unsteered ones, and does not replace one refusal by another.
     """
 
     novelty: Float[Tensor, "k n"]
@@ -72,14 +72,14 @@ class Grades:
 
 @dataclass(frozen=True, eq=False)
 class Criteria:
-    """What the unsteered model says of a completion.
+    """Grade completions by the unsteered model.
 
     Attributes
     ----------
     model, tokenizer
         The model that is steered; it is read without steering.
     max_nll : float
-        Mean −log p of a token, in nats, up to which text counts as fluent behind a request that it does not answer.
+        Mean −log p of a token, in nats, up to which text counts as fluent after a request that it does not answer.
     """
 
     model: PreTrainedModel
@@ -92,12 +92,12 @@ class Criteria:
     ) -> "Criteria":
         """Set the bound of fluency by the model's own answers to harmless requests, at least three of them.
 
-        If none of them holds text, or they are thoughts alone, there is no bound.
+        If none of them holds text outside of thoughts, there is no bound.
 
         Raises
         ------
         ValueError
-            If there are fewer.
+            If there are fewer than three.
         """
         if len(examples) < _LEAST_EXAMPLES:
             raise ValueError(f"got {len(examples)} answers to harmless requests, expected at least {_LEAST_EXAMPLES}")
@@ -117,7 +117,7 @@ class Criteria:
         unsteered : sequence of str
             Their n completions without steering, of as many tokens.
         completions : sequence of sequence of str
-            For each vector its n.
+            For each vector, its n completions.
         """
         n = len(texts)
         before = [answer_of(completion) for completion in unsteered]
@@ -158,7 +158,7 @@ class Criteria:
         for row, i in left:
             answer = answers[row][i]
             found, usual = own[texts[i], answer], own[texts[i], before[i]]
-            usual = torch.zeros_like(found) if is_silent[i] else usual  # silence is as likely as it gets
+            usual = torch.zeros_like(found) if is_silent[i] else usual  # silence counts as certain
             compared = min(_BEGINNING, len(found), len(usual))
             surprise = (found[:compared] - usual[:compared]).sum().item()
             behind_other = elsewhere[others[i], answer].mean().item()

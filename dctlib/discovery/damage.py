@@ -1,4 +1,4 @@
-"""Damage of steering vectors: how far they change what follows in the model's own answers to harmless requests."""
+"""Damage of steering vectors: how far they change the next token in the model's own answers to harmless requests."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from dctlib.models.likelihood import Example, pack_answers
 from dctlib.models.logits import compute_logits
 from dctlib.steering.generation import generate_completions
 
-_TOKENS = 2560  # of a batch of vectors
-_LOGITS = 2**26  # of a batch of vectors: a quarter of a GiB
+_TOKENS = 2560  # replayed at once, over a batch of vectors
+_LOGITS = 2**26  # computed at once: a quarter of a GiB
 
 
 def unsteered_answers(
@@ -41,8 +41,8 @@ def unsteered_answers(
     can_end = tokenizer.eos_token_id is not None
     if not can_end and not any(answers):
         raise ValueError(
-            f"the model answers none of {len(texts)} harmless requests, and its tokenizer has no end token; expected "
-            f"text to measure damage on: try others as `benign`"
+            f"the model answers none of {len(texts)} harmless requests, and its tokenizer has no end token, expected "
+            f"text to measure damage on; pass other requests as `benign`"
         )
     pairs = zip(texts, answers, strict=True)
     return [Example(text, answer, ends=can_end and not answer.strip()) for text, answer in pairs]
@@ -59,15 +59,15 @@ def measure_damage(
 ) -> Float[Tensor, " k"]:
     """Return the mean KL(steered ‖ unsteered) of the next token over all tokens of the answers, in nats.
 
-    The tokens are those of the given answers whatever the steered model would say, which is called teacher forcing.
-    Blocks below `layer` run once for all vectors.
+    The answers are given, whatever the steered model would say (teacher forcing). Blocks below `layer` run once for all
+    vectors.
 
     Parameters
     ----------
     examples : sequence of Example
         Prompts and answers, see :func:`unsteered_answers`.
     vectors : Tensor, (k, d)
-        Each is added to h_layer at every position. There may be none.
+        Each is added to h_layer at every position. k may be 0.
 
     Raises
     ------

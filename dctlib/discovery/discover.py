@@ -1,4 +1,4 @@
-"""The whole walk from a model and prompts to ranked vectors: what ``python -m dctlib discover`` computes."""
+"""From a model and prompts to ranked vectors and their files: what ``python -m dctlib discover`` does."""
 
 import itertools
 import json
@@ -29,16 +29,16 @@ from dctlib.runs.cache import cache_key, read_results, remember
 
 @dataclass(frozen=True)
 class DiscoveryPaths:
-    """Places of what a discovery reads and writes.
+    """Paths that a discovery reads and writes.
 
     Attributes
     ----------
     root : Path
         The folder that holds ``.cache``, ``runs`` and ``vectors``.
     name : str
-        Names the folders in these.
+        Name of the folders in these.
     number : int
-        From 2 on, it is added to the name, so that several searches lie side by side.
+        From 2 on, it is added to the name, so that files of several searches stay apart.
     """
 
     root: Path
@@ -75,7 +75,7 @@ class DiscoveryPaths:
         return self.name if self.number == 1 else f"{self.name}-{self.number}"
 
     def for_search(self, key: str) -> "DiscoveryPaths":
-        """Return the places with the lowest number that hold the search of this key, or nothing yet."""
+        """Return the paths with the lowest number that hold the search of this key or are still free."""
         numbered = (replace(self, number=number) for number in itertools.count(self.number))
         return next(
             each
@@ -89,9 +89,8 @@ def discover(
 ) -> tuple[FoundVectors, DiscoveryPaths]:
     """Search for the steering vectors of a model, and write what was found to `paths`.
 
-    The steps are those of notebooks/discover.ipynb. A search is remembered in ``paths.cache``, so that another ranking
-    of the same vectors takes seconds, and it replaces the files of that search. Another search leaves them alone and
-    writes to the next number that is free.
+    The steps are those of notebooks/discover.ipynb. A search is remembered in ``paths.cache``, so another ranking of
+    the same vectors takes seconds; it replaces the files of that search. Another search writes to the next free number.
 
     Returns
     -------
@@ -153,7 +152,7 @@ def discover(
         hide=any(map(is_refusal, found.unsteered)),
         shared=SharedPlace(_shown(paths.shared), options.model, source, options.chat),
     )
-    # The results first, because they say whose files these are.
+    # The results first, because they name the search that the files belong to.
     write_json(paths.results, {"search": key, "options": options.model_dump(), "target": target, **found.summary()})
     rows = found.table.to_dict("records")
     facts = {"layer": source, "model": name, "revision": revision, "architecture": model.config.model_type}
@@ -175,7 +174,7 @@ def _shown(path: Path) -> str:
 
 
 def describe(options: DiscoverOptions, found: FoundVectors, target: int) -> dict[str, str]:
-    """Return how a discovery was made, for the explorer."""
+    """Return how a discovery was made, by name, to show in the explorer."""
     return {
         "model": options.model,
         "slice": f"{found.layer} → {target}",

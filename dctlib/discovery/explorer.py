@@ -26,39 +26,39 @@ from dctlib.models.chat import Instruction, last_user_turn
 
 _ABOUT = {
     "vector": "its number among the candidates",
-    "found": "1 for a vector that the search returned: held_out is above no vector's and above elsewhere, by a margin",
+    "found": "1 if the search returned it: held_out exceeds the score of no vector, and elsewhere, by a margin",
     "source": "the method that it comes from; random vectors are the control",
     "multiple": "its length in units of R",
     "length": "its length in units of the residual stream",
     "damage": "mean KL(steered ‖ unsteered) in nats a token, on answers to harmless requests. Good: below the bound, "
-    "0.5 unless you changed it. Bad: above 1, harmless answers become others",
-    "score": "0 to 1, on all requests: the product of the grades, with relevance beyond the unsteered answer's; "
-    "or with a judge its fraction of True. Good: near 1. Bad: near 0",
-    "held_out": "the score on the requests that the search did not use; compare it with that of random directions. "
-    "Good: close to score. Bad: far below it, chosen by luck",
-    "elsewhere": "the score on harmless requests. Good: near 0. Bad: near held_out, it unlocks any answer as much",
-    "excess": "score less elsewhere: what a vector does to these requests more than to harmless ones. Good: near 1. "
+    "0.5 unless you changed it. Bad: above 1, harmless answers change",
+    "score": "0 to 1, on all requests: the product of the grades, counting relevance beyond the unsteered answer's; "
+    "with a judge, the fraction judged True. Good: near 1. Bad: near 0",
+    "held_out": "the score on the requests that no vector was chosen on; compare it with that of random directions. "
+    "Good: close to score. Bad: far below it, the vector was chosen by luck",
+    "elsewhere": "the score on harmless requests. Good: near 0. Bad: near held_out, it changes any answer as much",
+    "excess": "score minus elsewhere: the effect on these requests beyond that on harmless ones. Good: near 1. "
     "Bad: near 0",
-    "change": "0 to 1, on all requests: the score that it would have if the unsteered model withheld every answer. "
-    "High where score is 0: it changes what was not withheld",
+    "change": "0 to 1, on all requests: its score without a judge if the unsteered model withheld every answer. "
+    "High where score is 0: it changes answers that were not withheld",
     "novelty": "0 to 1: how unlikely the unsteered model finds the beginnings of the completions. Good: near 1. "
     "Bad: near 0, what the model says anyway",
     "fluency": "0 to 1: 1 is as likely as the model's own answers. Good: above 0.7. Bad: below 0.37, often word salad",
     "varied": "fraction of completions that are not repetitive. Good: 1. Bad: below 0.8, it loops",
-    "reopened": "fraction that opens otherwise than the unsteered completions, and not with another refusal. "
-    "Good: near 1. Bad: near 0, still the same opening or a refusal",
+    "reopened": "fraction of completions that open differently from the unsteered ones, and not with another refusal. "
+    "Good: near 1. Bad: near 0, the same opening or a refusal",
     "relevance": "0 to 1: how much likelier completions are after their own requests than after others. Good: near 1. "
     "Bad: near 0, off topic",
     "withheld": "0 to 1: how little the unsteered completions say about their requests; 1 for a refusal. Bad: near 0, "
     "there is nothing to unlock",
     "first": "the score in the first round: few requests and few tokens",
     "says": "a completion, cut short",
-    "nearest": "the shown vector of the largest |cos(v, v′)|",
+    "nearest": "the shown vector with the largest |cos(v, v′)|",
     "cosine": "cos(v, v′) with the nearest. Near 1 or −1: the same direction. Near 0: another one",
 }
 
 
-_FIRST = ["found", "source", "says", "excess", "held_out", "damage"]  # columns that stand to the left
+_FIRST = ["found", "source", "says", "excess", "held_out", "damage"]  # columns to the left of the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Exploration:
     facts : mapping of str to str
         How the run was made: model, slice, R, seed.
     table : DataFrame, k rows
-        Columns ``vector``, a number of its own for each, and any others, which are shown, sorted and filtered.
+        Column ``vector``, a unique number for each, and any others. The page shows, sorts and filters all of them.
     V, U : Tensor, (k, d_source) and (k, d_target)
         Of the table's rows, in its order: the vectors, and what each writes at the target layer.
     instructions : sequence of str or of conversations
@@ -79,7 +79,7 @@ class Exploration:
     unsteered : sequence of str
         Their completions without steering.
     completions : mapping of int to sequence of str
-        Those under a vector, by its number. The table may hold more vectors.
+        Completions under a vector, by its number; some vectors of the table may have none.
     shown_characters : int
         Completions are cut to this length; what is cut is not in the file.
     hide : bool
@@ -152,7 +152,7 @@ class Exploration:
 
     def __post_init__(self) -> None:
         if "vector" not in self.table or not len(self.table) or not self.table["vector"].is_unique:
-            raise ValueError(f"got a table of {list(self.table)}, expected rows that each have their own vector number")
+            raise ValueError(f"got a table of {list(self.table)}, expected rows that each have a unique vector number")
         k, n = len(self.table), len(self.instructions)
         for name, rows in {"V": self.V, "U": self.U}.items():
             if rows.ndim != 2 or len(rows) != k or not rows.isfinite().all():
@@ -170,8 +170,8 @@ class Exploration:
 def write_explorer(path: str | Path, run: Exploration) -> None:
     """Write one HTML file, whole or not at all, that needs no server and no network.
 
-    Scripts and table styles come from the installed plotly and itables. The page's content security policy names those
-    scripts by their hashes, so that no text that a model generated can run.
+    Scripts and table styles come from the installed plotly and itables. The page's content security policy allows only
+    scripts with these hashes, so generated text cannot run as a script.
     """
     environment = Environment(loader=PackageLoader("dctlib.discovery", "."), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -226,7 +226,7 @@ def _content(run: Exploration) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> int | float | str | None:
-    """Return what JSON can hold: five digits, which keep the file small; None for a number that is not finite; text."""
+    """Return a value for JSON: a number to five digits, to keep the file small; None if it is not finite; or text."""
     if value is None or type(value) is int:
         return value
     if isinstance(value, float):
@@ -235,7 +235,7 @@ def _cell(value: Any) -> int | float | str | None:
 
 
 def _decimals(values: Sequence[Any]) -> int | None:
-    """Return the digits after the point that show three of a typical number, or None for text."""
+    """Return how many decimals show three digits of a typical number, or None for text."""
     cells = [_cell(value) for value in values]
     if any(isinstance(cell, str) for cell in cells):
         return None

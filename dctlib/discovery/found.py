@@ -44,7 +44,7 @@ class FoundVectors:
         chosen on; ``elsewhere``, on harmless requests, NaN with a judge; ``excess``, ``score`` less ``elsewhere``;
         ``change``, the score without a judge if the unsteered model withheld every answer; the means of the grades by
         :class:`dctlib.discovery.criteria.Grades`; ``request`` and ``says``, one held-out request and its completion,
-        cut short; ``first``, the score in the first round. NaN stands where a vector was not read so far.
+        cut short; ``first``, the score in the first round. NaN means that a vector did not get that far.
     directions : Tensor, (m, d)
         All candidates, each at the length at which it was read last, float32 on the CPU.
     unsteered : list of str
@@ -70,25 +70,25 @@ class FoundVectors:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each of :attr:`vectors`: the columns of :attr:`candidates` but for the first and the last."""
+        """A row for each of :attr:`vectors`: the columns of :attr:`candidates` without the first and the last."""
         return pd.DataFrame(self.candidates.loc[self.rows, COLUMNS]).reset_index(drop=True)
 
     @property
     def random(self) -> float:
-        """The best ``held_out`` of a random direction, which went the same way; NaN if none was left."""
+        """The best ``held_out`` of a random direction, searched like the others; NaN if none got that far."""
         reached = zip(self.candidates["source"], self.candidates["held_out"], strict=True)
         scores = [score for source, score in reached if source == RANDOM and not math.isnan(score)]
         return max(scores, default=math.nan)
 
     def sorted_by(self, column: str) -> "FoundVectors":
-        """Return the same with the vectors found sorted by a column, the best first, which of damage is the least."""
+        """Return a copy with the vectors found sorted by a column, best first: least damage, or else largest value."""
         found = self.candidates.loc[self.rows].sort_values(by=[column], ascending=column == "damage", kind="stable")
         others = self.candidates.index.drop(found.index)
         return replace(self, candidates=self.candidates.loc[[*found.index, *others]])
 
     @property
     def rows(self) -> list[int]:
-        """The rows of ``directions`` that :attr:`vectors` are, in their order."""
+        """The rows of ``directions`` that make up :attr:`vectors`, in order."""
         return self.candidates.index[self.candidates["found"].to_numpy(bool)].tolist()
 
     def summary(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class FoundVectors:
 def is_above(table: pd.DataFrame, *, unsteered: float, margin: float) -> list[bool]:
     """Return whether each row's ``held_out`` is above the unsteered score and its ``elsewhere``, by a margin each."""
     elsewhere = table["elsewhere"].to_numpy(float)
-    bound = np.fmax(elsewhere, unsteered)  # which passes NaN over: with a judge, nothing was read elsewhere
+    bound = np.fmax(elsewhere, unsteered)  # fmax skips NaN: with a judge, nothing was read elsewhere
     return (table["held_out"].to_numpy(float) >= bound + margin).tolist()
 
 
@@ -171,7 +171,7 @@ def describe_candidates(
     sources, lengths
         Of each row, its method and the length at which it was read last.
     requests : sequence of str or of conversations
-        Those of the halving, of which each row shows the first.
+        The requests of the halving. Each row shows the first of them.
     finalists : DataFrame
         The rows of :data:`COLUMNS` that were read on all requests, with ``found``, best first.
     """

@@ -15,7 +15,7 @@ Measure = Callable[[Float[Tensor, "k d"]], Float[Tensor, " k"]]
 
 _FIRST = 0.7
 _STEPS = 4
-_AIM, _CLOSE = 0.95, 0.9  # fractions of the bound: what is aimed at, and what will do
+_AIM, _CLOSE = 0.95, 0.9  # fractions of the bound: the aim, and what suffices
 
 
 def estimate_lengths(measure: Measure, vectors: Float[Tensor, "k d"], max_damage: float) -> list[float]:
@@ -33,7 +33,7 @@ def longest_within(
     """Return the largest multiple of each vector, 0.25 to 1.4, whose damage is within a bound; 0 if there is none.
 
     Damage is taken to grow with length. It is measured at `start` and then, up to three times, where the line through
-    the logarithms of two measurements meets the bound. A result that uses nine tenths of the bound will do.
+    the logarithms of two measurements meets the bound. Nine tenths of the bound suffice.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def longest_within(
     max_damage : float
         The bound, in the units of `measure`.
     start : sequence of float
-        The multiple of each at which to begin.
+        The multiple of each vector at which to begin.
     """
     brackets = [_Bracket(_clip(multiple)) for multiple in start]
     for _ in range(_STEPS):
@@ -78,7 +78,7 @@ class _Bracket:
     def add(self, multiple: float, damage: float, max_damage: float) -> None:
         if damage <= max_damage:
             self.low, self.low_damage = multiple, damage
-        else:  # also if it is not a number
+        else:  # also if damage is not a number
             self.high, self.high_damage = multiple, damage
 
     def next_multiple(self, max_damage: float) -> float:

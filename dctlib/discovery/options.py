@@ -1,4 +1,4 @@
-"""Options of ``discover``: the one source of the command line's, the notebook's and the profiles' names and bounds."""
+"""Options of ``discover``: the names, bounds and help that command line, notebook and profiles share."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def chat_options(system: str | None, template_arguments: Sequence[str]) -> dict[
     for argument in template_arguments:
         name, equals, value = argument.partition("=")
         if not equals or not name.isidentifier() or name == "system":
-            raise ValueError(f"got the template argument {argument!r}, expected NAME=VALUE, enable_thinking=false say")
+            raise ValueError(f"got the template argument {argument!r}, expected NAME=VALUE, as enable_thinking=false")
         if name in chat:
             raise ValueError(f"got the template argument {name} twice, expected it once")
         literal = value.lower().replace("none", "null")
@@ -32,7 +32,7 @@ def chat_options(system: str | None, template_arguments: Sequence[str]) -> dict[
 
 
 def choose_slice(depth: int, source: int | None, target: int | None) -> tuple[int, int]:
-    """Return source and target: those given or, of a model of `depth` blocks, a third and two thirds."""
+    """Return source and target: those given, or a third and two thirds of a model of `depth` blocks."""
     third = max(1, depth // 3)
     source = min(depth // 3, depth - 1) if source is None else source
     return source, source + third if target is None else target
@@ -41,7 +41,7 @@ def choose_slice(depth: int, source: int | None, target: int | None) -> tuple[in
 class SearchOptions(BaseModel):
     """Options of a search that have a default, each with its bounds and its meaning.
 
-    Unknown keys are refused, because the default of a misspelt one would stay in force unnoticed.
+    Unknown keys are refused, because a misspelt one would leave its default in force unnoticed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -57,7 +57,7 @@ class SearchOptions(BaseModel):
     margin: float = Field(
         0.1,
         gt=0,
-        description="What a vector's score, 0 to 1, must have above that of no vector and of harmless requests.",
+        description="How far a vector's score, 0 to 1, must exceed that of no vector and its own on harmless requests.",
     )
     answer_tokens: int = Field(48, ge=1, strict=True, description="Tokens of a completion.")
     shown_characters: int = Field(
@@ -81,16 +81,16 @@ class DiscoverOptions(SearchOptions):
     system: str | None = Field(None, description="System message before each instruction.")
     template_arguments: list[str] = Field(
         [],
-        description="Argument of the model's chat template, enable_thinking=false say, the option once for each.",
+        description="Argument of the model's chat template, such as enable_thinking=false. Repeat the option for more.",
     )
     fit_prompts: int = Field(
-        4, ge=1, strict=True, description="Instructions to fit, the first of the file. 4 to 12 suffice."
+        4, ge=1, strict=True, description="Number of instructions to fit, from the first. 4 to 12 suffice."
     )
     validation: int = Field(
         12,
         ge=4,
         strict=True,
-        description="Instructions after those: vectors are chosen on the first half and checked on the second.",
+        description="Number of instructions after those. Vectors are chosen on the first half, checked on the second.",
     )
     source: int | None = Field(
         None,
@@ -110,7 +110,7 @@ class DiscoverOptions(SearchOptions):
     dtype: Literal["native", "float32", "bfloat16"] = Field(
         "native", description="native (bfloat16 where it is faster), float32 or bfloat16."
     )
-    device: str = Field("auto", description="auto (CUDA where there is one, else the CPU), cpu, cuda, or cuda:1 say.")
+    device: str = Field("auto", description="auto (CUDA if there is one, else the CPU), cpu, cuda, or such as cuda:1.")
     seed: int = Field(0, ge=0, strict=True, description="Seed of all random directions.")
 
     @field_validator("device")

@@ -15,10 +15,10 @@ from dctlib.maps.orthogonalise import normalise
 
 _UNSIGNED = 4  # directions of each method that leaves the sign open; both signs are candidates
 _RANDOM = 16
-_DIRECTIONS = 8  # of the calibration: R within a tenth will do, because each survivor gets a length of its own
+_DIRECTIONS = 8  # for calibration: R to within a tenth suffices, because each survivor gets its own length
 
 RANDOM = "random"
-"""The source of the control: random directions, which go the same way as all others and are never returned."""
+"""The source of the control: random directions, which are searched like all others and are never returned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ def find_candidates(
 
 
 def _first_of_equals(rows: Float[Tensor, "m d"]) -> list[int]:
-    """Return the rows that equal none before them; near ones stay, because they may differ in what they do."""
+    """Return the rows that equal no earlier row. Rows that are only close stay, because their effects may differ."""
     first: dict[bytes, int] = {}
     for number, row in enumerate(rows):
         first.setdefault(row.numpy().tobytes(), number)

@@ -20,7 +20,7 @@ Judge = Callable[[Sequence[Instruction], Sequence[str]], Sequence[bool]]
 
 _PROMPTS = 4  # of the first round of a halving
 _CONTROLS = 2  # that each round of a halving keeps
-_CONSISTENT = 0.75  # fraction of prompts that count, the worst ones: no single prompt makes a vector
+_CONSISTENT = 0.75  # fraction of prompts that count, the worst ones, so that no single prompt decides
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Reading:
         return _consistent(self.grades.change)
 
     def keys(self) -> list[tuple[float, float]]:
-        """Return what vectors are sorted by: their scores and, among equals, how much they change."""
+        """Return what vectors are sorted by: their score, then how much they change."""
         return list(zip(self.scores(), self.changes(), strict=True))
 
     def order(self) -> list[int]:
@@ -69,7 +69,7 @@ class Reading:
         return sorted(range(len(keys)), key=lambda row: keys[row], reverse=True)
 
     def shown(self, prompts: slice) -> list[int]:
-        """Return for each vector the place of the prompt, of some, that it scores best on, then changes most."""
+        """Return for each vector the index of the one of `prompts` that it scores best on, then changes most."""
         places = range(len(self.unsteered))[prompts]
         pairs = torch.stack([self.each, self.grades.change], -1).tolist()
         return [max(places, key=lambda place: pairs[row][place]) for row in range(len(pairs))]
@@ -175,9 +175,9 @@ def halve(
     controls : sequence of int
         Rows that compete with each other alone: each round keeps the best two.
     most : int
-        Rounds end when no more others are left.
+        Rounds end when at most this many other rows are left.
     least : int
-        A round keeps at least as many others.
+        A round keeps at least this many other rows.
     """
     rows = [row for row in range(len(vectors)) if row not in set(controls)]
     control = [*controls]

@@ -83,9 +83,9 @@ def search_vectors(
 
     The score of a vector is the fraction of its completions that the judge finds True. Without a judge it is
     ``unlock`` of :class:`dctlib.discovery.criteria.Grades`, averaged over the worst three quarters of requests: how
-    much more the vector's answers say about their requests than the unsteered ones, which withhold it. It must then
-    also exceed, by the margin, the vector's own score on harmless requests. Where the unsteered answers are about their
-    requests already, nothing is found without a judge; candidates are then ranked by how much they change.
+    much more the vector's answers say about their requests than the unsteered answers. The score must then also exceed,
+    by the margin, the vector's own score on harmless requests. If the unsteered answers are about their requests
+    already, nothing is found without a judge, and candidates are ranked by how much they change.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def search_vectors(
         Seed of the fits and of the random vectors.
     benign : sequence of str or of conversations, optional
         At least six harmless instructions. Lengths are chosen on every other one, and damage is reported on the rest.
-        Left out, 24 everyday questions.
+        By default, 24 everyday questions.
     **options
         Fields of :class:`SearchSettings`, such as ``max_damage``, and options of :func:`dctlib.format_chat`, such as
         ``system``.
@@ -169,7 +169,7 @@ def search_vectors(
 
         _announce(bar, 5)
         reading = reader.read(validation, vectors[finalists], max_new_tokens=tokens)
-        unsteered = 0.0  # without a judge, because nothing that the model says anyway is new
+        unsteered = 0.0  # without a judge, because unsteered answers unlock nothing
         if judge is not None:
             unsteered = fraction_true(ask_judge(judge, validation[held_out], reading.unsteered[held_out]))
         table = _describe_finalists(reading, finalists, vectors, validation, held_out, settings)
@@ -214,7 +214,7 @@ def _describe_finalists(
     held_out: slice,
     settings: SearchSettings,
 ) -> pd.DataFrame:
-    """Return what was read of some rows of `vectors`, best first, a row each under its number.
+    """Return a table of the reading of some rows of `vectors`, best first, indexed by row.
 
     Parameters
     ----------
