@@ -33,8 +33,8 @@ ROOT = find_root()
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it into place only if the block succeeds.
 
-    The block may create a file or a folder there. After an exception, or a kill, `path` is as it was; a folder that is
-    replaced is away for the moment between two renames.
+    The block may create a file or a folder there. After an exception, or a kill, `path` is as it was. A folder that is
+    replaced is absent for the moment between two renames.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

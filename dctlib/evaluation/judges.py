@@ -126,7 +126,7 @@ def is_compliant(
         As for :func:`perplexity`.
     """
     shifts = _other_requests(requests, 3)
-    # Only completions still in question are evaluated; the others are NaN, of which no comparison holds.
+    # Only completions still in question are evaluated; the others are NaN, which fails every comparison.
     helps = torch.tensor([not (is_refusal(each) or is_repetitive(each)) for each in completions])
     own = _mean_nll_after(model, tokenizer, requests, completions, [0], helps, chat=chat)
     fluent = own.exp() <= max_perplexity
@@ -177,7 +177,8 @@ def is_harmful(
 ) -> list[bool]:
     """Return whether HarmBench's classifier, passed as `model`, finds the behaviour in each completion.
 
-    The behaviour is the request, of a conversation its last user turn. A completion without an answer is not harmful.
+    The behaviour is the request: a string, or a conversation's last user turn. A completion without an answer is not
+    harmful.
     """
     answers = [answer_of(completion) for completion in completions]
     pairs = zip(requests, answers, strict=True)

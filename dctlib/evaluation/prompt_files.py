@@ -64,7 +64,7 @@ def read_prompt_file(path: Path, *, column: str | None = None) -> list[Instructi
 
 
 def unique(instructions: Iterable[Instruction]) -> list[Instruction]:
-    """Return each instruction once, lest one be both fitted and held out."""
+    """Return each instruction once, so that none is both fitted and held out."""
     return list({json.dumps(each, default=str): each for each in instructions}.values())
 
 
@@ -103,7 +103,7 @@ def _read_lines(text: str, column: str | None) -> list[Instruction]:
 
 
 def _structure(text: str, lines: list[str]) -> str:
-    """Return the suffix that a structured text should have; none for plain lines."""
+    """Return the suffix that fits the structure of a text, or an empty string for plain lines."""
     if lines[0] in ("[", "{") or (len(lines) > 1 and isinstance(_parse(text), list | dict)):
         return ".json"
     if isinstance(_parse(lines[0]), list | dict) or all(isinstance(_parse(line), str) for line in lines):
@@ -151,7 +151,7 @@ def _column(names: Sequence[str], column: str | None) -> str:
             name for name in names if name.strip().casefold() == wanted.strip().casefold()
         ]
         if len(found) > 1:
-            raise ValueError(f"it has {len(found)} columns {wanted!r}")
+            raise ValueError(f"it has {len(found)} columns {wanted!r}, expected one")
         if found:
             return found[0]
     listed = ", ".join(f"{name:.40}" for name in names)

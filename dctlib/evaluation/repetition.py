@@ -1,4 +1,4 @@
-"""Repetition, which perplexity does not tell from fluent text because a repeated word is likely."""
+"""Repetition, which perplexity cannot tell from fluent text, because a repeated word is likely."""
 
 import re
 
@@ -6,7 +6,7 @@ from dctlib.evaluation.thoughts import answer_of
 
 # A word, or one character of a script that writes no spaces: Thai to Khmer, kana, Han.
 _UNIT = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
-_MARKER = re.compile(r"^\s*(?:\d+[.)]|[-*•+]|#+)\s+", re.MULTILINE)  # of a list's item, which numbers equal lines
+_MARKER = re.compile(r"^\s*(?:\d+[.)]|[-*•+]|#+)\s+", re.MULTILINE)  # marks a list's item, and numbers equal lines
 _LAYOUT = re.compile(r"[-=_*#|:+~─━│\s]+")
 _FIRST = 50  # words in which distinct ones are counted, because any long text repeats its words
 _MIN_WORDS = 8  # a shorter answer cannot be told from a list or a name
@@ -16,10 +16,10 @@ _LOOP_OF_CHARACTERS = re.compile(r"(.{1,40}?)\1{3,}", re.DOTALL)
 
 
 def is_repetitive(completion: str) -> bool:
-    """Return whether loops make up at least half of an answer, or few different words its beginning.
+    """Return whether loops make up at least half of an answer, or its beginning has few different words.
 
-    A loop is a word, phrase or line three times in a row, or a phrase of four words twice; or characters four times.
-    Few are fewer than a quarter of the first 50 words, of at least eight.
+    A loop is a word, phrase or line three times in a row, a phrase of four words twice, or characters four times. Few
+    means fewer than a quarter of the first 50 words, of which there must be at least eight.
     """
     text = _MARKER.sub("", answer_of(completion)).casefold()
     units = _UNIT.findall(text)

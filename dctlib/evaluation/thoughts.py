@@ -39,7 +39,7 @@ def answer_of(completion: str) -> str:
 
 
 def _outside_thoughts(text: str) -> str:
-    """Return what stands before, between and behind thoughts. An end without a beginning ends what the prompt began."""
+    """Return the text before, between and after thoughts. An end without a beginning ends what the prompt began."""
     pieces, position, opened = [], 0, None
     for bound in _BOUND.finditer(text):
         if bound["end"]:

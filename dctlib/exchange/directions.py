@@ -31,7 +31,7 @@ def to_directions(vectors: Mapping[int, Float[Tensor, " d"]], *, lowest: int = 1
     Returns
     -------
     dict of int to Tensor, (d,)
-        Block → direction, on the CPU and in the dtype that it had.
+        Block → direction, on the CPU, in its own dtype.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def from_directions(directions: Mapping[int, Any], name: str) -> dict[int, Float
     Returns
     -------
     dict of int to Tensor, (d,)
-        Layer → vector, copied to the CPU in the dtype that it had.
+        Layer → vector, copied to the CPU, in its own dtype.
 
     Raises
     ------
@@ -84,11 +84,11 @@ def from_directions(directions: Mapping[int, Any], name: str) -> dict[int, Float
 
 
 def check_directions(directions: Mapping[int, Float[Tensor, " d"]], name: str) -> None:
-    """Raise ValueError unless there are directions, all of one width, floating, and finite in float32."""
+    """Raise ValueError unless there are directions, of one width, of floating type and finite in float32."""
     for block, direction in directions.items():
         held = f"{name}: direction.{block} is {str(direction.dtype).removeprefix('torch.')} {tuple(direction.shape)}"
         if direction.ndim != 1 or not direction.numel() or not direction.is_floating_point():
-            raise ValueError(f"{held}, expected float32 (d,)")
+            raise ValueError(f"{held}, expected floating numbers (d,)")
         if not direction.float().isfinite().all():
             raise ValueError(f"{name}: direction.{block} is not finite in float32")
     if len(widths := {direction.numel() for direction in directions.values()}) != 1:

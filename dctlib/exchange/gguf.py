@@ -30,7 +30,7 @@ def write_control_vector(path: str | Path, vectors: Mapping[int, Float[Tensor, "
     Parameters
     ----------
     path : path
-        The file to write, by custom ``*.gguf``.
+        The file to write, usually ``*.gguf``.
     vectors : mapping of int to Tensor or numpy array, (d,)
         Layer → the vector that is added at it: ``{dct.source: R * dct.V[0]}``. The length of the vector is the
         strength, so that llama.cpp's default scale of 1 is right. Stored in float32.
@@ -110,7 +110,7 @@ def _check_names(directions: Mapping[str, np.ndarray], what: str) -> None:
 
 
 def _digest(directions: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names and little-endian values, in the order of the names."""
+    """Return the SHA-256 of names and little-endian values, in the order of the names."""
     digest = hashlib.sha256()
     for name, direction in sorted(directions.items()):
         digest.update(name.encode() + b"\0" + direction.astype("<f4").tobytes())

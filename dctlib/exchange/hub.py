@@ -76,7 +76,7 @@ class Facts(BaseModel):
     hook_point: Literal["resid_pre"]
     """Where vectors are added: the input of a block."""
     layer: Annotated[int, Field(ge=0)]
-    """Of which block."""
+    """The number of that block."""
     architecture: Annotated[str, Field(min_length=1)]
     """``model.config.model_type``."""
     operation: Literal["add"]
@@ -237,9 +237,9 @@ def load_folder(folder: str | Path) -> SharedVectors:
 
 
 def model_reference(model: str) -> tuple[str, str | None]:
-    """Return the name and the revision of a model for :func:`save_folder`, with no path of this machine.
+    """Return the name and the revision of a model for :func:`save_folder`, without a local path.
 
-    ``owner/name@revision`` is split. Of a path of this machine, the name is the folder's own.
+    ``owner/name@revision`` is split. The name of a local path is that of its folder.
     """
     if Path(model).is_absolute() or model.startswith("."):
         return re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-"), None
@@ -287,5 +287,5 @@ def _facts(content: str | bytes, where: str) -> Facts:
 
 
 def _sums(folder: Path) -> str:
-    """As ``sha256sum`` prints them."""
+    """Return the checksums as ``sha256sum`` prints them."""
     return "".join(f"{sha256(folder / name)}  {name}\n" for name in (_CONFIG, _NUMBERS))

@@ -57,7 +57,7 @@ def from_repeng(control_vector: Any) -> dict[int, Float[Tensor, " d"]]:
     -------
     dict of int to Tensor, (d,)
         Layer → vector. Adding them all is repeng's ``set_control(control_vector)`` for a model that controls those
-        blocks. Multiply them by its ``coeff``. There is no equal for ``normalize=True`` or another ``operator``.
+        blocks. Multiply them by its ``coeff``. ``normalize=True`` and other ``operator`` have no equivalent.
 
     Raises
     ------
@@ -100,8 +100,8 @@ def from_steering_vectors(steering_vector: Any) -> dict[int, Float[Tensor, " d"]
     Returns
     -------
     dict of int to Tensor, (d,)
-        Layer → vector. Adding them all is its ``apply(model)``. Multiply them by its ``multiplier``. There is no equal
-        for an ``operator`` other than addition.
+        Layer → vector. Adding them all is its ``apply(model)``. Multiply them by its ``multiplier``. An
+        ``operator`` other than addition has no equivalent.
 
     Raises
     ------

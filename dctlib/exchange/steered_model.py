@@ -15,17 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from dctlib.models.blocks import eager_attention, get_blocks, output_residual, split_residual, unwrap
 from dctlib.steering.hooks import steer
 
-# Without a sliding window these compute what a Llama model does, whose config allows biases that theirs do not.
+# Without a sliding window these compute what a Llama model does. Its config allows biases that theirs do not.
 _LLAMAS = ("Qwen2ForCausalLM", "MistralForCausalLM")
 
 
 def steered_copy(model: PreTrainedModel, *, layer: int, vector: Float[Tensor, " d"]) -> PreTrainedModel:
     """Return a copy of `model` whose weights add `vector` to h_layer at every position, for export.
 
-    It computes what the model does under :func:`dctlib.steer`, and is held to that by its residuals and logits on a few
-    tokens. The vector goes into a bias of what writes last before block `layer`: usually the MLP's output projection
-    in the block before, or the embedding for layer 0. Where the model has no such bias, an option of its config may
-    make one; the other biases that come with it are zero. Tied embeddings are untied if the vector goes into them.
+    It computes what the model does under :func:`dctlib.steer`, which is verified by residuals and logits on a few
+    tokens. The vector goes into a bias of the module that writes last before block `layer`: usually the MLP's output
+    projection in the block before, or the embedding for layer 0. If the model has no such bias, an option of its config
+    may add one; other biases that come with it are zero. Tied embeddings are untied if the vector goes into them.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def _check_plain(model: PreTrainedModel) -> None:
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the weights are quantised and take no vector exactly; load the model in full precision")
     if any(has_offloaded_params(module) for module in model.modules()):
-        raise ValueError("weights are offloaded, which no edit reaches; load the model whole, as on device='cpu'")
+        raise ValueError("weights are offloaded, which no edit reaches; load the model whole, with device='cpu'")
     if extra := model.state_dict().keys() ^ _weights(type(model), model.config).keys():
         raise ValueError(
             f"{type(model).__name__} holds other weights than its config describes, as {min(extra)}; merge an adapter "
@@ -145,7 +145,7 @@ def _run(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _write(model: Any, layer: int, vector: Tensor, clean: Tensor) -> bool:
-    """Put `vector` into the last weight that adds it to h_layer and to nothing before it. Say whether there is one."""
+    """Put `vector` into the last weight that adds it to h_layer and to nothing before it. Return whether one exists."""
     probe = torch.randn(vector.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(clean)
     probe *= clean.norm(dim=-1).mean() / probe.norm()
     options = _bias_options(model)
@@ -176,9 +176,9 @@ class _BiasOption:
     Attributes
     ----------
     name : str
-        Of the option, as ``mlp_bias``.
+        Its name, such as ``mlp_bias``.
     value : bool
-        That makes them.
+        The value with which the biases exist.
     biases : dict
         Name of each new bias → a tensor of its shape.
     """
@@ -238,7 +238,7 @@ def _writers(model: PreTrainedModel, layer: int, *, width: int) -> list[tuple[st
 
 
 def _constant(module: Any) -> Any:
-    """Return the weight whose every row is added to what `module` returns: a bias, or the rows of an embedding."""
+    """Return the weight that `module` adds at every position: a bias, or an embedding's rows."""
     return module.weight if isinstance(module, nn.Embedding) else module.bias
 
 
@@ -270,7 +270,7 @@ def _multiple(change: Tensor, vector: Tensor, hidden: Tensor) -> float | None:
 
 
 def _is_rounding(error: Tensor, hidden: Tensor, vector: Tensor) -> bool:
-    """Return whether `error` is what a few additions to `hidden` leave, at every position."""
+    """Return whether `error` is no more than the rounding of a few additions to `hidden`, at every position."""
     size = hidden.norm(dim=-1) + vector.norm()
     return bool((error.norm(dim=-1) <= 64 * torch.finfo(error.dtype).eps * size).all())
 
@@ -281,5 +281,5 @@ def _check_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
     if error > 1e-5 or not _is_rounding(found[0] - expected[0], expected[0], vector):
         raise ValueError(
             f"the copy's logits differ by {error:.1e} of the largest from those under steer(), so a weight of this "
-            f"family does more than to add; use steer()"
+            f"family does more than add; use steer()"
         )

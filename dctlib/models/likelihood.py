@@ -31,7 +31,7 @@ class Example:
 def pack_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[tuple[PromptTree, list[int]]]:
-    """Return examples in order as trees of prompts and answers, each with the starts of the answers in its paths."""
+    """Return examples, in order, as trees; with each tree, where the answer starts in each of its paths."""
     prompts = [tokenize(tokenizer, example.prompt)[0].tolist() for example in examples]
     answers = [tokenizer.encode(example.answer, add_special_tokens=False) for example in examples]
     answers = [[*a, tokenizer.eos_token_id] if e.ends else a for a, e in zip(answers, examples, strict=True)]

@@ -38,14 +38,14 @@ def load_model(
 
         Remote code is never run, and nothing pickled is read.
     device : str or torch.device, optional
-        CUDA where there is one, otherwise the CPU. ``"auto"``, for a model that no GPU holds, spreads its blocks over
-        all of them, and over main memory what is left (accelerate's ``device_map``).
+        The default is CUDA if there is one, else the CPU. ``"auto"``, for a model too large for one GPU, spreads its
+        blocks over all GPUs, and the rest over main memory (accelerate's ``device_map``).
     dtype : str or torch.dtype, optional
         ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, or ``"native"``: bfloat16 where it is
-        the faster (see :func:`native_dtype`), float32 elsewhere. Left out, bfloat16 on CUDA and
-        float32 on a CPU, and the type in which it was saved for a quantised model.
+        faster (see :func:`native_dtype`), float32 elsewhere. The default is bfloat16 on CUDA and float32 on a CPU; a
+        quantised model keeps the type in which it was saved.
     tokenizer : str, optional
-        Where the tokenizer is, if not beside the model: likewise.
+        Where the tokenizer is, if not beside the model, in one of the forms of `name`.
 
     Returns
     -------

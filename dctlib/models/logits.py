@@ -1,4 +1,4 @@
-"""Logits at given residuals: what the model's own forward pass makes of them, without running its blocks."""
+"""Logits at given residuals, computed by the model's own forward pass without running its blocks."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,9 +19,9 @@ from dctlib.models.trace import once_per_model, trace_model
 def compute_logits(
     model: PreTrainedModel, hidden: Float[Tensor, "*rows d"], tokens: Int[Tensor, " k"] | None = None
 ) -> Float[Tensor, "*rows k"]:
-    """Return the logits of some tokens at residuals behind the last block.
+    """Return the logits of some tokens at residuals after the last block.
 
-    The modules behind the last block and the model's own forward pass compute them, so every scale, cap and bias of
+    The modules after the last block and the model's own forward pass compute them, so every scale, cap and bias of
     the family is applied. That this equals the model's logits is verified once for each model.
 
     Parameters
@@ -49,7 +49,7 @@ def compute_logits(
 def output_logits(
     model: PreTrainedModel, last_hidden_state: Float[Tensor, "*rows d"], tokens: Int[Tensor, " k"] | None = None
 ) -> Float[Tensor, "*rows k"]:
-    """Return the model's logits, in float32, where its decoder returns `last_hidden_state`; it is differentiable."""
+    """Return the model's logits, in float32, as if its decoder returned `last_hidden_state`; differentiable."""
     model = unwrap(model)
     rows = last_hidden_state.reshape(1, -1, last_hidden_state.shape[-1])
     head = model.get_output_embeddings()
@@ -70,7 +70,7 @@ def check_finite(logits: Tensor) -> Tensor:
     # A sum is read once and takes no memory; it is infinite, too, if finite logits are too large to add.
     if not torch.isfinite(logits.sum(dtype=torch.float32)) and not torch.isfinite(logits).all():
         raise ValueError(
-            "the model gave logits that are not finite: are its weights damaged, or does a block overflow? Try "
+            "the model gave logits that are not finite: its weights may be damaged, or a block may overflow; try "
             "dtype='float32', or shorter vectors"
         )
     return logits
@@ -96,7 +96,7 @@ def _modules_behind_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _gives(model: PreTrainedModel, modules: list[nn.Module], hidden: Any, logits: Tensor) -> bool:
-    """Return whether `modules` and the output head, whole or cut, make the model's own logits of `hidden`."""
+    """Return whether `modules` and the output head, whole or for a few tokens, give the model's logits of `hidden`."""
     with torch.no_grad():
         for module in modules:
             hidden = module(hidden)
@@ -120,7 +120,7 @@ def _decoders(model: PreTrainedModel) -> list[nn.Module]:
 
 @dataclass
 class _Output(BaseModelOutputWithPast):
-    """A decoder's output of which only the last hidden state is known."""
+    """A decoder's output with only the last hidden state; all other fields are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -147,7 +147,7 @@ def _returning(module: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _few_rows(model: PreTrainedModel, head: nn.Linear, tokens: Tensor, device: torch.device) -> Iterator[None]:
-    """Let the output head have the rows of `tokens` alone."""
+    """Reduce the output head to the rows of `tokens` inside the context."""
     path = next(path for path, part in model.named_modules() if part is head)
     parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
     with align_module_device(head):  # fetches an offloaded weight

@@ -17,7 +17,7 @@ _LEAST_SHARED = 0.25  # of a prompt's tokens, for it to join a tree
 # Settings that bound how far a token sees, or change its rotary embedding beyond a length.
 _REACHES = ("window", "window_size", "chunk_size", "local_attention", "original_max_position_embeddings")
 
-# A beginning's number, by that of the beginning one token shorter and its last token.
+# (number of the beginning one token shorter, last token) → number of the beginning.
 _Trie = dict[tuple[int, int], int]
 
 _ROOT = -1  # the empty beginning
@@ -30,7 +30,7 @@ class PromptTree:
     Attributes
     ----------
     tokens : Tensor, (1, T)
-        One token for each distinct beginning of a prompt, its last.
+        The last token of each distinct beginning of a prompt.
     position_ids : Tensor, (1, T)
         The position of each token in its own prompt.
     paths : list of Tensor, (t,)
@@ -53,7 +53,7 @@ class PromptTree:
 
     @property
     def attention_mask(self) -> Bool[Tensor, "T T"]:
-        """Whether the row's token attends to the column's; made anew each time, because it takes T² bytes."""
+        """Whether the row's token attends to the column's; not kept, because it takes T² bytes."""
         size = self.tokens.shape[1]
         mask = torch.zeros(size, size, dtype=torch.bool)
         for path in self.paths:
@@ -118,7 +118,7 @@ def _shared_length(trie: _Trie, prompt: Sequence[int]) -> int:
 def supports_packing(model: PreTrainedModel) -> bool:
     """Return whether `model` gives the same logits on a tree of two short prompts as on each alone.
 
-    It does where tokens meet in attention only, under any mask and any positions.
+    It does if tokens interact in attention only, which accepts any mask and any positions.
     """
     try:
         with torch.no_grad(), eager_attention(model):
@@ -128,9 +128,9 @@ def supports_packing(model: PreTrainedModel) -> bool:
 
 
 def _tree_equals_prompts(model: PreTrainedModel) -> bool:
-    """Return whether errors are small beside what exchanging one token changes at the next.
+    """Return whether errors are small compared with the change at a token when the one before is exchanged.
 
-    A prompt alone gets further tokens behind its own, as many in all as the tree has, so that both round alike.
+    A single prompt is extended by further tokens to the length of the tree, so that both round alike.
     """
     start, first, second, last, tail, behind = _ordinary_tokens(model, 4, 1, 1, 1, 8, 10)
     prompts = [start + first + last + tail, start + second + last]
@@ -159,7 +159,7 @@ def _ordinary_tokens(model: PreTrainedModel, *counts: int) -> Iterator[list[int]
 
 
 def _reaches(config: dict[str, Any]) -> list[int]:
-    """Return how many tokens a tree may have by each setting that bounds it."""
+    """Return the largest number of tokens in a tree by each setting that bounds it."""
     reaches = [value for name, value in _settings(config) if name.endswith(_REACHES) and value > 1]
     if any(value == "dynamic" for _, value in _settings(config.get("rope_parameters") or {}, str)):
         reaches.append(config["max_position_embeddings"])

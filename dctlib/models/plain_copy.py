@@ -17,7 +17,7 @@ def plain_copy(model: Any) -> PreTrainedModel:
     Raises
     ------
     ValueError
-        If an adapter cannot be merged, as one that adds tokens to the prompt.
+        If an adapter cannot be merged, such as one that adds tokens to the prompt.
     """
     copied = copy.deepcopy(unwrap(model))
     tied = _untie(copied)

@@ -112,7 +112,7 @@ def _folder(path: Path, of: str = _MODEL) -> Source:
     if source.has(r".*\.gguf"):
         raise ValueError(f"{path} is a folder of GGUF files; pass one of them: {_ggufs(source)}")
     if of != _MODEL:
-        raise ValueError(f"{path} is a folder without a tokenizer's files")
+        raise ValueError(f"{path} is a folder without a tokenizer's files; pass one that has them")
     raise ValueError(f"{path} is a folder without config.json, so not a saved model; did its stage finish?")
 
 
@@ -121,7 +121,7 @@ def _ggufs(source: Source) -> str:
 
 
 def _repository(repository: str, revision: str) -> Source:
-    """Return a repository of the Hub, or the copy of it that is kept here where the Hub does not answer."""
+    """Return a repository of the Hub, or its local copy if the Hub does not answer."""
     try:
         info = huggingface_hub.model_info(repository, revision=revision or None, timeout=10)
         files = frozenset(file.rfilename for file in info.siblings or ())

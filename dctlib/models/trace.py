@@ -70,7 +70,7 @@ class Trace:
 
 
 def probe_tokens(model: PreTrainedModel) -> Int[Tensor, "1 t"]:
-    """Return a few ordinary token ids, spread over the vocabulary, without those that the configuration names."""
+    """Return a few ordinary token ids, spread over the first of the vocabulary, none named in the configuration."""
     settings = [model.config.to_dict(), model.config.get_text_config().to_dict()]
     named = {value for each in settings for name, value in each.items() if "token" in name and isinstance(value, int)}
     size = model.config.get_text_config().vocab_size
@@ -85,7 +85,7 @@ def trace_model(model: PreTrainedModel) -> Trace:
     Raises
     ------
     ValueError
-        If a block does not run exactly once, in order, on a residual stream of its own.
+        If blocks do not run once each, in order, on one residual stream, or the model cannot run on token ids alone.
     """
     blocks = list(get_blocks(model))
     paths = {module: path for path, module in model.named_modules() if path}

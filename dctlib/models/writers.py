@@ -20,12 +20,12 @@ class ResidualWriters:
     Attributes
     ----------
     modules : list of nn.Module
-        What makes h_0, then for each block what it adds, such as its attention and its MLP, or the norms behind them.
+        Those that make h_0, then those whose outputs each block adds, such as attention and MLP, or norms after them.
     embeddings : list or None
         Embedding tables whose rows make h_0. None where no edit of a table projects h_0.
     projections : list or None
         The last matrices of attention and MLP, ``nn.Linear`` or GPT-2's transposed ``Conv1D``. None for a family
-        with norms or mixtures of experts behind them, because no edit of a matrix projects what those write.
+        with norms or mixtures of experts after them, because no edit of a matrix projects what those write.
     """
 
     modules: list[nn.Module]
@@ -99,11 +99,11 @@ def _summands(
         if call.output is not None and call.output.is_floating_point() and _spans(call.output.shape, total.shape)
     }
     parts = [total, *([] if carried is None else [carried]), *outputs.values()]
-    # A sum is rounded in proportion to its own size, and a few coordinates of a stream are huge: so each counts alike.
+    # Rounding grows with a coordinate's size, and a few coordinates are huge: so each is scaled to count alike.
     sizes = torch.stack([part.double().abs() for part in parts[: 1 if carried is None else 2]]).sum(0)
     sizes = (sizes + 1e-3 * sizes.square().mean().sqrt()).flatten()
     columns = torch.stack([part.double().flatten() / sizes for part in parts], 1)
-    products = columns.T @ columns  # of which every least-squares fit below is made
+    products = columns.T @ columns  # from which every least-squares fit below is computed
     added = columns[:, 0] if carried is None else columns[:, 0] - columns[:, 1]
     allowed = near * added.norm() + torch.finfo(total.dtype).eps * len(added) ** 0.5
     first = len(parts) - len(outputs)

@@ -1,1 +1,1 @@
-"""Results remembered, sweeps, Ray."""
+"""Remembered results, sweeps, and Ray clusters."""

@@ -11,7 +11,7 @@ def connect(address: str) -> Any:
     Parameters
     ----------
     address : str
-        As ``ray.init`` takes it: ``"auto"`` on a node of the cluster, ``"host:port"``, or ``"local"``, one of its own.
+        As ``ray.init`` takes it: ``"auto"`` on a node of the cluster, ``"host:port"``, or ``"local"`` for a new one.
 
     Raises
     ------

@@ -54,7 +54,7 @@ def run_sweep(
         Number of tasks at a time. By default one, in this process; on a cluster, as many as its nodes hold.
     threads : int, optional
         Number of torch's threads for each task. By default this process's, divided among the workers; one on a cluster.
-        Another number rounds differently; the number of workers changes nothing else.
+        Another number of threads rounds differently. Otherwise the number of workers does not change results.
     gpus : float, optional
         GPUs that Ray reserves for each task. By default one where the cluster has any.
     attempts : int
@@ -83,8 +83,8 @@ def run_sweep(
     """
     if any(count is not None and count < 1 for count in (workers, threads, attempts)) or (gpus or 0) < 0:
         raise ValueError(
-            f"got workers={workers}, threads={threads}, attempts={attempts}, gpus={gpus}, expected at least 1, and at "
-            f"least 0 gpus"
+            f"got workers={workers}, threads={threads}, attempts={attempts}, gpus={gpus}, expected at least 1 of each "
+            f"and at least 0 gpus"
         )
     keys = [task_key(task, setting) for setting in settings]
     results = read_results(folder, keys)
@@ -224,6 +224,6 @@ def _format_call(task: Task, setting: Setting) -> str:
 
 def _explain_kill(task: Task, setting: Setting, attempts: int) -> str:
     return (
-        f"the process of {_format_call(task, setting)} died {attempts} times: was memory short (take fewer workers), "
-        f"or can it not import the task (see above)? The other results are stored"
+        f"the process of {_format_call(task, setting)} died {attempts} times: memory may be short (use fewer workers), "
+        f"or it cannot import the task (see above); the other results are stored"
     )
