@@ -6,12 +6,10 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-import numpy as np
 import yaml
 
 from dctlib._io import ROOT
-from dctlib.evaluation.statistics import Interval
-from dctlib.paper.comparisons import METHODS, paired_differences
+from dctlib.paper.comparisons import METHODS, published_differences
 
 Results = Mapping[str, Any]
 """The numbers of a notebook, or of the post."""
@@ -202,18 +200,6 @@ def _sample_complexity(ours: Results, post: Results) -> Replication:
         claims[more] = _above(_ends(ours["differences"]["most - least"]), (0, 0))
     above_random = (_above(_ends(ours["differences"][f"{each} - random"]), (0, 0)) for each in METHODS if each in ours)
     return Replication(claims, {"every method scores above random vectors": _all(above_random)}, numbers, intervals)
-
-
-@cache
-def published_differences() -> dict[str, Interval]:
-    """Return the same differences as ours, of the scores of every shuffle that writeup/published_scores.yaml holds."""
-    content = yaml.safe_load((ROOT / "writeup" / "published_scores.yaml").read_text(encoding="utf-8"))
-    scores = {
-        method: {n: np.array(cell["score"])[:, None] for n, cell in content[method].items()}
-        for method in METHODS
-        if method in content
-    }
-    return paired_differences(scores)
 
 
 def _multiplicity(ours: Results, post: Results) -> Replication:

@@ -1,10 +1,16 @@
 """The methods of Figure 1 of the post, and how far each scores above another."""
 
 from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import yaml
 from jaxtyping import Float
+from scipy.stats import binomtest
 
+from dctlib._io import ROOT
 from dctlib.evaluation.statistics import Interval, paired_difference
 
 METHODS = {
@@ -55,3 +61,46 @@ def paired_differences(
     exponential = scores["exponential"]
     found["most - least"] = paired_difference([(exponential[max(exponential)], exponential[min(exponential)])])
     return found
+
+
+@cache
+def published_scores() -> dict[str, dict[int, dict[str, list[Any]]]]:
+    """Return the scores of the post's shuffles: method → number of fit prompts → ``score`` and ``winner`` of each."""
+    return yaml.safe_load((ROOT / "writeup" / "published_scores.yaml").read_text(encoding="utf-8"))
+
+
+def published_differences() -> dict[str, Interval]:
+    """Return :func:`paired_differences` of the post's scores, which are means over its test prompts."""
+    scores = {
+        method: {n: np.array(cell["score"])[:, None] for n, cell in by_n.items()}
+        for method, by_n in published_scores().items()
+        if method in METHODS
+    }
+    return paired_differences(scores)
+
+
+def published_winners(*, first: int = 8, vectors: int = 512) -> pd.DataFrame:
+    """Return how often the post's best vector is one of the `first` directions of its fit.
+
+    A fit without a sign gives both signs of half as many directions, and the vector i + `vectors` / 2 is the negation
+    of i. If every vector were equally likely to win, the number of shuffles would be binomial.
+
+    Returns
+    -------
+    DataFrame
+        A row for each method, with columns ``shuffles``, ``among_first``, ``expected`` by chance, and ``p_value``, the
+        chance of at least as many.
+    """
+    rows = {}
+    for method, by_n in published_scores().items():
+        directions = vectors if method == "exponential" else vectors // 2
+        winners = [winner % directions for cell in by_n.values() for winner in cell["winner"]]
+        among = sum(winner < first for winner in winners)
+        chance = first / directions
+        rows[method] = {
+            "shuffles": len(winners),
+            "among_first": among,
+            "expected": len(winners) * chance,
+            "p_value": float(binomtest(among, len(winners), chance, alternative="greater").pvalue),
+        }
+    return pd.DataFrame(rows).T

@@ -21,9 +21,36 @@ def columns_of_vh(exact: Transcoder, num_factors: int) -> Float[Tensor, "m d"]:
     exact : Transcoder
         A linear fit with as many factors as coordinates.
     """
+    _check_square(exact)
+    return exact.V.T[:num_factors].contiguous()
+
+
+def projected_columns_of_vh(
+    exact: Transcoder, num_factors: int, *, projections: int = 32, seed: int = 0
+) -> Float[Tensor, "m d"]:
+    """Return the first columns of the full Vh of W·T1, where Algorithm 1′ takes the first rows.
+
+    W·T1 has `projections` rows, so the further rows of the full Vh, and with them nearly whole columns, are what LAPACK
+    fills up an orthonormal basis with: the columns lie close to coordinate axes.
+
+    Parameters
+    ----------
+    exact : Transcoder
+        A linear fit with as many factors as coordinates, from which T1 = Σ α u vᵀ is made again.
+    projections, seed
+        Rows of the Gaussian W, and its seed.
+    """
+    _check_square(exact)
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(projections, exact.U.shape[1], generator=generator)
+    T1 = (exact.alpha * exact.U.T) @ exact.V
+    Vh = torch.linalg.svd(W.to(T1) @ T1, full_matrices=True).Vh
+    return Vh.T[:num_factors].contiguous()
+
+
+def _check_square(exact: Transcoder) -> None:
     if exact.V.shape[0] != exact.V.shape[1]:
         raise ValueError(f"got V of shape {tuple(exact.V.shape)}, expected a linear fit of all factors, a square V")
-    return exact.V.T[:num_factors].contiguous()
 
 
 def als_without_curvature(

@@ -4,7 +4,12 @@ from tiny import tiny_model
 
 from dctlib import CausalMap, fit_linear, fit_quadratic
 from dctlib.maps.synthetic import synthetic_map
-from dctlib.paper.experiments.post_faults import als_without_curvature, columns_of_vh, pad_left_unmasked
+from dctlib.paper.experiments.post_faults import (
+    als_without_curvature,
+    columns_of_vh,
+    pad_left_unmasked,
+    projected_columns_of_vh,
+)
 
 
 def test_columns_of_vh_are_unit_but_not_singular_vectors(tokenizer, texts):
@@ -16,6 +21,16 @@ def test_columns_of_vh_are_unit_but_not_singular_vectors(tokenizer, texts):
     assert gain[0] > 2 * gain[1]
     with pytest.raises(ValueError, match="square"):
         columns_of_vh(fit_linear(cmap, num_factors=4), 4)
+
+
+def test_projected_columns_beyond_the_projections_lie_close_to_coordinate_axes():
+    planted = synthetic_map(16, 256, activation="exponential", dtype=torch.float64)
+    exact = fit_linear(planted.cmap, num_factors=256)
+    wrong = projected_columns_of_vh(exact, 64, projections=16)
+    torch.testing.assert_close(wrong.norm(dim=1), torch.ones(64, dtype=wrong.dtype))
+    assert wrong[17:].abs().max(1).values.mean() > 0.7
+    with pytest.raises(ValueError, match="square"):
+        projected_columns_of_vh(fit_linear(planted.cmap, num_factors=4), 4)
 
 
 def test_als_of_a_linear_map_finds_the_jacobian_and_misses_quadratic_factors():
