@@ -189,7 +189,7 @@ def write_table():
         "|" + "---|" * (1 + len(CHECKS)),
         *(table_row(family, found) for family, found in results.items()),
         "",
-        "## Words of the refusals",
+        "## Messages of the refusals",
         "",
         *(f"- *{words}*: {', '.join(cases)}" for words, cases in reasons.values()),
     ]
@@ -198,9 +198,11 @@ def write_table():
 
 _HEADING = f"""# What works with which family
 
-Each row is a small random model of a family of transformers {transformers.__version__}, in float64. *right* means
-equal to a reference made by hooks on the whole model, to a relative error of 1e-4. *refused* means a ValueError that
-says why. A test holds this table; `python tests/test_families.py` writes it anew.
+Each row is a small random model of one family of transformers {transformers.__version__}, computed in float64. *right* means that
+the result equals a reference, made by hooks on the whole model, to a relative error of 1e-4. *refused* means a
+ValueError that [says why](#messages-of-the-refusals). A search needs all columns from *map* to *steer*. The column
+*export* is about `ablated_copy` alone: steering vectors of any family can be [written for other tools](export.md).
+A test checks this table, and `python tests/test_families.py` writes it again.
 
 | column | what was compared |
 |---|---|
@@ -214,18 +216,18 @@ says why. A test holds this table; `python tests/test_families.py` writes it ane
 
 ## How a layout is found
 
-No family is on a list. When a model is first used, dctlib runs it on six tokens and looks:
+dctlib holds no list of families. When a model is first used, dctlib runs it on six tokens and finds these parts:
 
 | what | where | how it is found, and verified |
 |---|---|---|
 | blocks | `models/blocks.py`: `get_blocks` | the outermost list of modules as long as the configuration says |
-| replay | `maps/replay.py`: `verify_replay` | random vectors: the slice alone against a hook on the whole model |
-| logits | `models/logits.py`: `compute_logits` | what runs behind the last block, then the model's own forward pass |
+| replay | `maps/replay.py`: `verify_replay` | with random vectors added, the slice alone must equal a hook on the whole model |
+| logits | `models/logits.py`: `compute_logits` | the modules behind the last block must give the model's own logits |
 | writers | `models/writers.py`: `residual_writers` | modules whose outputs sum to what a block adds |
-| derivatives | `maps/autograd.py` | forward mode against reverse mode, which is used where they differ |
+| derivatives | `maps/autograd.py` | forward mode is compared with reverse mode, which is used where they differ |
 
 `python -m dctlib check MODEL` prints what works on a model. To add a layout that is refused, change the one function
-that the table names, and add the family to `tests/families.py`; the verification stays as it is.
+that the table names, and add the family to `tests/families.py`. Leave the verification as it is.
 
 ## The table
 """
