@@ -223,16 +223,15 @@ def test_numbers_of_the_results_page_are_those_of_the_recorded_files(said):
 
 def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     fits = recorded("real_models", "study")["fits"]
-    for size, label in (
-        ("1.5b", "Qwen2.5-Coder-1.5B refuses, of 32 requests (compliant answers)"),
-        ("0.5b", "Qwen2.5-Coder-0.5B, the same"),
-    ):
+    labels = {"1.5b": "Qwen2.5-Coder-1.5B: refusals, of 32 requests", "0.5b": "Qwen2.5-Coder-0.5B: refusals"}
+    for size, label in labels.items():
         fit = fits[f"qwen2.5-coder-{size}-instruct"]
         assert set(fit["test"].values()) == {32}
-        dct, chance, unsteered = (
-            f"{fit['refused'][kind]} ({fit['compliant'][kind]})" for kind in ("DCT", "random", "unsteered")
-        )
-        assert f"| {label} | {dct} | {chance} | unsteered {unsteered} |" in README
+        rows = [
+            f"| {name} | {count['DCT']} | {count['random']} | unsteered {count['unsteered']} |"
+            for name, count in ((label, fit["refused"]), ("compliant answers", fit["compliant"]))
+        ]
+        assert " ".join(rows) in README
     competing = recorded("real_baselines", "study")["methods"]
     rate = {name: percent(of["success"]["mean"]) for name, of in competing.items()}
     assert (
@@ -253,7 +252,7 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     assert (
         "On organisms that refuse, DCT loses to power steering and to the difference of means." in README
     )  # baselines()
-    assert "Random vectors get past the circuit breaker as often as DCT's." in README  # verdicts()
+    assert "Random vectors get past the circuit breaker, a trained defence, as often as DCT's." in README  # verdicts()
 
 
 def awaited():
