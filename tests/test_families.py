@@ -200,9 +200,9 @@ _HEADING = f"""# What works with which family
 
 Each row is a small random model of one family of transformers {transformers.__version__}, computed in float64.
 *right* means that the result equals a reference, made by hooks on the whole model, to a relative error of 1e-4.
-*refused* means a ValueError that [says why](#messages-of-the-refusals). A search needs all columns from *map* to *steer*. The column
-*export* is about `ablated_copy` alone: steering vectors of any family can be [written for other tools](export.md).
-A test checks this table, and `python tests/test_families.py` writes it again.
+*refused* means a ValueError that [says why](#messages-of-the-refusals). A search needs all columns from *map* to
+*steer*. The column *export* is about `ablated_copy` alone: steering vectors of any family can be
+[written for other tools](export.md). A test checks this table, and `python tests/test_families.py` writes it again.
 
 | column | what was compared |
 |---|---|
@@ -221,7 +221,7 @@ dctlib holds no list of families. When a model is first used, dctlib runs it on 
 | what | where | how it is found, and verified |
 |---|---|---|
 | blocks | `models/blocks.py`: `get_blocks` | the outermost list of modules as long as the configuration says |
-| replay | `maps/replay.py`: `verify_replay` | with random vectors, the slice alone must equal a hook on the whole model |
+| replay | `maps/replay.py`: `verify_replay` | with random vectors: the slice alone equals a hook on the whole model |
 | logits | `models/logits.py`: `compute_logits` | the modules behind the last block must give the model's own logits |
 | writers | `models/writers.py`: `residual_writers` | modules whose outputs sum to what a block adds |
 | derivatives | `maps/autograd.py` | forward mode is compared with reverse mode, which is used where they differ |
