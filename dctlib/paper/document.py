@@ -103,13 +103,14 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
                 "--mathml",
                 "--embed-resources",
                 "--toc",
+                "--number-sections",
                 f"--css={root / 'writeup' / 'paper.css'}",
             ],
         )
     with atomic_path(pdf) as partial:
         source = folder / f".{document}.typ"
         try:
-            _pandoc(prose, "typst", folder, source, [*citations, "--standalone"])
+            _pandoc(prose, "typst", folder, source, [*citations, "--standalone", "--number-sections"])
             source.write_text(_TYPST_RULES + source.read_text(encoding="utf-8"), encoding="utf-8")
             partial.write_bytes(typst.compile(str(source), root=str(root)))
         finally:

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -77,6 +78,15 @@ def test_documents_cite_what_the_bibliography_holds():
     entries = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "writeup" / "references.bib").read_text(), re.MULTILINE))
     prose = [path.read_text() for path in (ROOT / "writeup").glob("*.md")]
     assert {key for text in prose for key in re.findall(r"(?<!\w)@(\w+)", text)} == entries
+
+
+def test_no_heading_joins_the_line_before():
+    for path in (ROOT / "writeup").glob("*.md"):
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        for before, line in pairwise(lines):
+            shown = re.sub(r"\{% macro .*|\{%.*?%\}", "", before).strip()
+            # A tag at the end of a line swallows the line break, which matters where the line also holds text.
+            assert not (line.startswith("#") and shown and before.endswith("%}")), f"{path.name}: {line}"
 
 
 def test_the_revision_is_the_last_commit_of_the_sources(tmp_path):
