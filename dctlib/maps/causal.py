@@ -135,8 +135,8 @@ class CausalMap(AutogradMap):
         ------
         ValueError
             If the layers are out of range or out of order, there is no text, a text has fewer tokens than
-            `positions`, an option is out of range, the activations are not finite, or `device` is given and blocks
-            are offloaded.
+            `positions`, an option is out of range, the slice cannot be replayed alone, the activations are not finite,
+            or `device` is given and blocks are offloaded.
         """
         all_blocks = get_blocks(model)
         source = check_layer(model, source, name="source")

@@ -102,7 +102,7 @@ def verify_replay(model: PreTrainedModel, source: int, target: int) -> bool:
     Raises
     ------
     ValueError
-        If the slice gives something else, or cannot be replayed at all.
+        If the replay differs from the whole model or is impossible, or the activations are not finite.
     """
     name, blocks = type(model).__name__, list(get_blocks(model))
     tokens = probe_tokens(model)

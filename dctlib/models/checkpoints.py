@@ -41,7 +41,7 @@ def check_checkpoint(source: Source) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name, **source.options)
     except Exception as error:  # other libraries raise many kinds
         reason = str(error).strip().partition("\n")[0]
-        hint = "code in a repository is never run" if "custom code" in reason else "is it newer, or damaged?"
+        hint = "code in a repository is never run" if "custom code" in reason else "it may be too new, or damaged"
         raise ValueError(f"transformers has no architecture for {name!r} ({reason}): {hint}") from error
     kind = config.model_type
     if config.is_encoder_decoder:
@@ -129,8 +129,8 @@ def _check_complete(source: Source, model: PreTrainedModel, report: dict[str, An
     found = [f"{len(keys)} {fault} ({', '.join(keys[:3])})" for fault, keys in faults.items() if keys]
     if found:
         raise ValueError(
-            f"the weights of {source.location!r} are not those of {type(model).__name__}: {'; '.join(found)}. Is this "
-            "a whole language model, and its config.json the one that it was saved with?"
+            f"the weights of {source.location!r} are not those of {type(model).__name__}: {'; '.join(found)}; "
+            "pass a whole language model, with the config.json that it was saved with"
         )
 
 

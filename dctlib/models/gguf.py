@@ -118,7 +118,7 @@ def _open(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # the reader's own, NumPy's, the system's
-        raise ValueError(f"cannot read {path} as a GGUF file: is it damaged or incomplete? ({error})") from error
+        raise ValueError(f"cannot read {path} as a GGUF file ({error}); if it is incomplete, fetch it again") from error
 
 
 def _fill_in(config: Any, settings: dict[str, Any]) -> None:

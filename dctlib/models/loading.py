@@ -88,9 +88,11 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     except OSError as error:
         raise ValueError(f"there is no tokenizer beside {name!r}; pass tokenizer= ({error})") from error
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"cannot read the tokenizer of {name!r}: are its files damaged? ({error})") from error
+        raise ValueError(
+            f"cannot read the tokenizer of {name!r} ({error}); are its files damaged? Fetch them again"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(f"the tokenizer of {name!r} has no words: are its files there? Else pass tokenizer=")
+        raise ValueError(f"the tokenizer of {name!r} has no words; add its files, or pass tokenizer=")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -100,7 +100,7 @@ def find_source(name: str | Path, *, of: str = _MODEL) -> Source:
 
 def _file(path: Path) -> Source:
     if path.suffix != ".gguf":
-        raise ValueError(f"got the file {path}, expected a GGUF file or the folder of a saved model: {path.parent}?")
+        raise ValueError(f"got the file {path}, expected a GGUF file or the folder of a saved model; try {path.parent}")
     return Source(str(path), None, frozenset({path.name}))
 
 
@@ -113,7 +113,7 @@ def _folder(path: Path, of: str = _MODEL) -> Source:
         raise ValueError(f"{path} is a folder of GGUF files; pass one of them: {_ggufs(source)}")
     if of != _MODEL:
         raise ValueError(f"{path} is a folder without a tokenizer's files; pass one that has them")
-    raise ValueError(f"{path} is a folder without config.json, so not a saved model; did its stage finish?")
+    raise ValueError(f"{path} is a folder without config.json, so not a saved model; run its stage to the end")
 
 
 def _ggufs(source: Source) -> str:

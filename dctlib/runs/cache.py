@@ -116,6 +116,17 @@ def cached_fit(
     """Return ``fit(cmap, **settings)``, computed once for each map and settings and then read from `folder`.
 
     The key holds the map's digest, the settings, and :data:`dctlib.fits.solvers.FIT_VERSION`.
+
+    Parameters
+    ----------
+    folder : path
+        The folder of remembered results.
+    fit : callable
+        :func:`dctlib.fit_linear`, :func:`dctlib.fit_quadratic` or :func:`dctlib.fit_exponential`.
+    cmap : CausalMap
+        The map Δ.
+    **settings
+        Options of `fit`.
     """
     key = cache_key(fit.__name__, FIT_VERSION, {"map": cmap.digest, **settings})
     return remember(folder, key, lambda: fit(cmap, **settings))

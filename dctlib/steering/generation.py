@@ -47,8 +47,14 @@ def generate_completions(
     ----------
     model : nn.Module
         A language model, also inside PEFT, torch.compile or DataParallel. It runs in evaluation mode.
+    texts : sequence of str
+        Whole prompts (see :func:`dctlib.format_chat`).
+    max_new_tokens : int
+        Most tokens of a completion.
+    layer : int, optional
+        Where the vector is added, as in :func:`dctlib.steer`. Needed with `vector`.
     vector : Tensor or array, (d,) or (n, d), optional
-        One for all texts, or one for each.
+        One for all texts, or one for each, at its own length.
     batch_size : int
         Texts of a batch are padded on the left and masked, so a completion does not depend on the other texts. This
         is verified once for each model. A model for which it does not hold runs the texts one by one.

@@ -50,7 +50,7 @@ def replay_last_token(
     Raises
     ------
     ValueError
-        If there is no text or vector, a vector has another width, or the layer is out of range.
+        If there is no text or vector, a vector has another width, or the layer is out of range or cannot be replayed.
     """
     check_layer(model, layer)
     d = residual_width(model)
