@@ -23,13 +23,13 @@ class AggregateScores:
     Attributes
     ----------
     scores : list of float
-        Under each direction.
+        The score under each direction.
     average, max : float
         The mean and the maximum of `scores`.
     v_avg, v_svd : float
-        Under the mean direction, and under the first right singular direction of the matrix.
+        The scores under the mean direction, and under the first right singular direction.
     v_svd_negated : float or None
-        Under the latter with the other sign, where signs matter.
+        The score under the singular direction with the other sign. None for ablation, where signs do not matter.
     intervals : dict
         ``average``, ``max``, ``v_avg`` and ``v_svd`` → low and high, the 95 % interval over test texts.
     condition_number, mean_abs_cosine, sd_abs_cosine : float
@@ -49,13 +49,13 @@ class AggregateScores:
 
 
 def qualifying_vectors(scores: Sequence[float], threshold: float) -> list[int]:
-    """Return the numbers of the vectors that score at least `threshold`, or of the best two, the best first."""
+    """Return the numbers of the vectors that score at least `threshold`, best first; at least the best two."""
     order = sorted(range(len(scores)), key=lambda number: -scores[number])
     return order[: max(2, sum(score >= threshold for score in scores))]
 
 
 def aggregates(rows: Float[Tensor, "k d"]) -> Float[Tensor, "2 d"]:
-    """Return the mean direction of unit rows, and the first right singular direction, of any sign, of their matrix."""
+    """Return the mean direction of unit rows, and the first right singular direction of their matrix, of any sign."""
     return torch.stack([normalise(rows.mean(0, keepdim=True))[0], torch.linalg.svd(rows, full_matrices=False).Vh[0]])
 
 
@@ -69,7 +69,7 @@ def add_each(
     validation: Sequence[str],
     test: Sequence[str],
 ) -> AggregateScores:
-    """Score `test` with each direction and each aggregate added at `layer`, all of length `norm` (Table 3).
+    """Score `test` texts with each direction and each aggregate added at `layer`, at length `norm` (Table 3).
 
     The singular direction has the sign that scores higher on `validation`.
     """
@@ -89,7 +89,7 @@ def ablate_each(
     test: Sequence[str],
     description: str = "ablating directions",
 ) -> AggregateScores:
-    """Score `test` under the ablation of each direction and each aggregate (Tables 4 and 5)."""
+    """Score `test` texts with each direction and each aggregate ablated (Tables 4 and 5)."""
     scores = []
     for direction in tqdm([*rows, *aggregates(rows)], desc=description):
         with ablate(model, direction):
@@ -100,7 +100,7 @@ def ablate_each(
 def _aggregate_scores(
     scores: Float[Tensor, "k+2 n"], rows: Float[Tensor, "k d"], negated: float | None = None
 ) -> AggregateScores:
-    """Summarise the scores of `rows`, then of their mean and singular direction, on n texts."""
+    """Summarise scores on n texts: one row for each direction in `rows`, then the mean and the singular direction."""
     *each, v_avg, v_svd = scores.mean(1).tolist()
     best = each.index(max(each))
     resampled = {"average": scores[:-2].mean(0), "max": scores[best], "v_avg": scores[-2], "v_svd": scores[-1]}

@@ -1,4 +1,4 @@
-"""Agreement of two fits: factor by factor, as subspaces, and in the tokens that their vectors change."""
+"""Agreement of two fits: of their factors, of their subspaces, and of the tokens that their vectors change."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class AgreementConfig:
     Attributes
     ----------
     fit_prompts : int
-        Each of the two fits has so many prompts: the first, or the last, of those to fit.
+        Number of prompts of each fit. One fit takes the first, the other the last of the prompts to fit.
     widths : sequence of int
         Numbers of factors that are compared with ``num_factors``.
     seeds : sequence of int
-        Two, of the two starts.
+        The seeds of the two starts.
     probes : int
-        Directions of each kind, see :func:`dctlib.fits.compare.median_errors`.
+        Number of directions of each kind (see :func:`dctlib.fits.compare.median_errors`).
     """
 
     source: int
@@ -57,12 +57,13 @@ class AgreementConfig:
 
 
 def same_change(one: Effects, two: Effects) -> float | None:
-    """Return the fraction of changed next tokens that a vector and its partner change to the same token.
+    """Return the fraction of changed next tokens that two matched vectors change to the same token.
 
     Parameters
     ----------
     one, two : Effects
-        Of k vectors, and of their partners in the same order, on the same n texts. A token counts if either changes it.
+        Effects of k vectors, and of their partners in the same order, on the same n texts. A token counts as changed if
+        either vector changes it.
 
     Returns
     -------
@@ -91,17 +92,18 @@ def fit_agreement(model: str, digest: str, dtype: str, *, folder: str, config: M
     model, digest, dtype : str
         As in :func:`dctlib.models.fingerprint.fingerprint_model`.
     folder : str
-        For the fits.
+        Where fits are stored.
     config : mapping
         The fields of :class:`AgreementConfig`.
 
     Returns
     -------
     dict
-        ``input_scale``; ``variants``: the difference of two fits → ``cosine`` of matched factors, ``overlap`` of the
-        spans, ``behaviour``, the :func:`same_change` of matched vectors on validation, and ``scores`` on test of the
-        two vectors that score highest on validation; ``errors``: transcoder → kind → median relative error; and
-        ``merged``, the number of factors of the merged transcoder, which is probed along the factors it was made from.
+        ``input_scale``; ``variants``: how two fits differ → ``cosine`` of matched factors, ``overlap`` of the spans,
+        ``behaviour`` (:func:`same_change` of matched vectors on validation texts), and ``scores``, the mean test score
+        of the vector of each fit that scores highest on validation; ``errors``: transcoder → kind of direction → median
+        relative error; and ``merged``, the number of factors of the merged transcoder. Its errors are measured along
+        the factors before the merger.
     """
     settings = AgreementConfig(**config)
     count = settings.num_factors
@@ -123,7 +125,7 @@ def fit_agreement(model: str, digest: str, dtype: str, *, folder: str, config: M
     for width in settings.widths:
         if width != count:
             options[f"m = {width}"] = usual | {"num_factors": width}
-    # A fit is named by its options, its prompts and its start; the latter two are 0 or 1.
+    # A fit is named by its options, its set of prompts (0 or 1) and its start (0 or 1).
     names = [("usual", 0, 1), ("usual", 1, 0), *((name, each, each) for name in options for each in (0, 1))]
     fits = {
         (name, prompts, start): cached_fit(

@@ -1,4 +1,4 @@
-"""Blind audits: whether vectors that are found without a secret reveal it."""
+"""Blind audits: whether vectors that are found without knowing a secret reveal it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,13 +30,13 @@ from dctlib.steering.effects import effects
 from dctlib.steering.generation import generate_completions, generate_per_vector, sample_completions
 
 _RANKINGS = ("fluent", "divergence")
-_MAX_PERPLEXITY = 20.0  # of a fluent completion
-_ALIKE = 0.5  # least cosine of vectors of one cluster
+_MAX_PERPLEXITY = 20.0  # highest perplexity of a fluent completion
+_ALIKE = 0.5  # least mean cosine within a cluster of vectors
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Settings of a blind audit: of its fits, to ``sizes`` instructions each, and of its completions."""
+    """Settings of a blind audit. ``sizes`` are the numbers of instructions that its exponential fits use."""
 
     source: int
     target: int
@@ -54,18 +54,18 @@ class AuditResult:
     Attributes
     ----------
     completions : list of list of str
-        m vectors, or samples → the completions of n instructions.
+        For each of m vectors, or samples, the completions of n instructions.
     orders : dict
-        Ranking → the numbers of the vectors: the first of each cluster of like ones by rank, then the others. Vectors
-        are ranked by ``fluent``, the fraction of their completions that are fluent and new, or by ``divergence``, the
-        mean KL(steered ‖ clean) of the next token.
+        Ranking → the numbers of the vectors. The best vector of each cluster of similar ones comes first, then the
+        others. The rankings are ``fluent``, by the fraction of completions that are fluent and differ from the
+        unsteered ones, and ``divergence``, by the mean KL(steered ‖ clean) of the next token.
     """
 
     completions: list[list[str]]
     orders: dict[str, list[int]]
 
     def reveals(self, secret: Secret, by: str) -> Bool[Tensor, " m"]:
-        """Return for each vector, in the order `by`, whether a completion reveals the secret."""
+        """Return whether a completion under each vector reveals the secret, with vectors in the order `by`."""
         return torch.tensor([any(map(secret.reveals, self.completions[number])) for number in self.orders[by]])
 
     def first_to_reveal(self, secret: Secret, by: str) -> str | None:
@@ -85,11 +85,11 @@ def audit_model(
     config: Mapping[str, Any],
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Fit vectors to benign instructions, and complete others under each; :func:`dctlib.runs.sweep.run_sweep` runs it.
+    """Fit vectors to benign instructions, complete others under each: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
-    The methods are DCT (exponential) on the first n instructions, for each n of ``sizes``; power steering on as many as
-    the largest; random vectors; and samples at temperature 1, without a vector. Each has ``num_factors`` tries, and all
-    vectors have one length R.
+    The methods are DCT (exponential fits) on the first n instructions, for each n in ``sizes``; power steering on the
+    largest n; random vectors; and samples of the unsteered model at temperature 1. Each has ``num_factors`` tries, and
+    all vectors have the same length R.
 
     Parameters
     ----------
@@ -190,7 +190,7 @@ def _fluent_and_new(
     clean: Sequence[str],
     completions: Sequence[Sequence[str]],
 ) -> list[float]:
-    """Return the fraction of each vector's completions that are fluent, not repetitive, and not what is said anyway."""
+    """Return the fraction of each vector's completions that are fluent, not repetitive, and unlike unsteered ones."""
     flat = [completion for each in completions for completion in each]
     measured = perplexity(model, tokenizer, [*instructions] * len(completions), flat).cpu().view(len(completions), -1)
     new = [
@@ -225,7 +225,7 @@ def audit_sums(
     password : str
         Used only to check the organism.
     least : float
-        The least rates of solving behind the password, and of hiding without it, on `test` questions.
+        The least accuracy with the password, and the least error rate without it, on `test` questions.
     held_out : int
         Questions that are asked under each vector.
     config : mapping
@@ -234,7 +234,7 @@ def audit_sums(
     Returns
     -------
     dict
-        ``locked`` and ``unlocked``, the rates of test questions solved without and behind the password; and ``solved``:
+        ``locked`` and ``unlocked``, the accuracy on test questions without and with the password; and ``solved``:
         method → ranking → for each vector, in that order, whether it solves each held-out question.
 
     Raises

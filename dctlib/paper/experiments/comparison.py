@@ -1,4 +1,4 @@
-"""Comparison of methods: one organism, the same requests and judge, and candidates ranked on the same validation."""
+"""Comparison of methods on one organism, with the same requests, the same judge and the same ranking of vectors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,15 +44,15 @@ class ComparisonConfig:
     Attributes
     ----------
     clean, clean_digest : str
-        The model that judges fluency, and its digest, which belongs to the key of the result.
+        The model that judges fluency, and its digest, which is part of the key of the stored result.
     bounds : mapping
-        Keywords of :func:`dctlib.evaluation.judges.is_compliant`.
+        Bounds that :func:`dctlib.evaluation.judges.is_compliant` takes.
     tries : int
-        Vectors of each method that are tried, the best first on `validation` requests.
+        Number of vectors of each method that are tried on test requests, in the order of their validation scores.
     melbo : mapping
         Settings of :func:`dctlib.fits.melbo.melbo`.
     layers, lengths : sequence
-        Layers of supervised vectors, and the lengths in units of R at which they are tried beside their own.
+        Layers of supervised vectors, and lengths in units of R. The vectors are also tried at their own length.
     """
 
     source: int
@@ -85,16 +85,17 @@ def compare_methods(
     model, digest, dtype : str
         As in :func:`dctlib.models.fingerprint.fingerprint_model`.
     folder, complying : str
-        Folders for the results of searches, and for the model with a LoRA of compliant answers.
+        Folders for the results of searches, and for the model with a LoRA that was trained on compliant answers.
     config : mapping
         The fields of :class:`ComparisonConfig`.
 
     Returns
     -------
     dict
-        ``input_scale``; ``chosen``: supervised direction → the ``layer`` and ``length`` selected on validation, its own
-        length where it is ablated; and ``methods``: name → ``solved``, a row of verdicts a try; ``perplexity``, the
-        median of the first try's completions; :func:`side_effects` of an intervention; and the cost of a search.
+        ``input_scale``; ``chosen``: supervised direction → the ``layer`` and ``length`` that were selected on
+        validation (an ablated direction has its own length); and ``methods``: name → ``solved``, the verdicts of each
+        try; ``perplexity``, the median over the completions of the first try; the :func:`side_effects` on benign
+        requests; and the cost of the search.
     """
     settings = ComparisonConfig(**config)
     source = settings.source
@@ -185,8 +186,9 @@ def summarise_methods(found: Sequence[Mapping[str, Any]], *, tries: int) -> dict
     Returns
     -------
     dict
-        ``first`` and, with several tries, ``one_of_k``: ``mean``, ``low`` and ``high``, and except for DCT ``lead``,
-        DCT's paired difference over it; ``firsts``, the first try's rate on each organism; and means over organisms.
+        ``first`` and, with several tries, ``one_of_k``: the rate of success as ``mean``, ``low`` and ``high``, and
+        ``lead``, the paired difference of DCT less this method (not for DCT itself); ``firsts``, the rate of the first
+        try on each organism; and the costs and side effects as means over organisms.
     """
     curves = success_curves(found)
     per_organism = [success_curves([result]) for result in found]
@@ -207,12 +209,12 @@ def summarise_methods(found: Sequence[Mapping[str, Any]], *, tries: int) -> dict
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The completions of n requests in k tries, with a judge's verdicts.
+    """The completions of n requests in each of k tries, with the verdicts of a judge.
 
     Attributes
     ----------
     completions : list of list of str
-        n completions a try.
+        The n completions of each try.
     solved : Tensor, (k, n)
         Whether each completion answers its request.
     """
@@ -236,9 +238,9 @@ def evaluate_steered(
     layer: int,
     **generation: Any,
 ) -> Evaluation:
-    """Evaluate a model under each vector, one try a vector.
+    """Evaluate a model under each vector. Each vector is a try.
 
-    `generation` are keywords of :func:`dctlib.steering.generation.generate_completions`.
+    `generation` holds keywords of :func:`dctlib.steering.generation.generate_completions`.
     """
     texts = format_chat(tokenizer, requests)
     completions = generate_per_vector(model, tokenizer, texts, vectors, layer=layer, **generation)
@@ -252,7 +254,7 @@ def evaluate_unsteered(
     judge: Judge,
     **generation: Any,
 ) -> Evaluation:
-    """Evaluate a model as it is, or as a context such as :func:`dctlib.ablate` changes it: one try."""
+    """Evaluate a model without adding a vector, in one try. A context such as :func:`dctlib.ablate` may change it."""
     completions = generate_completions(model, tokenizer, format_chat(tokenizer, requests), **generation)
     return judge_completions(judge, requests, [completions])
 
@@ -267,7 +269,7 @@ def evaluate_samples(
     seed: int,
     **generation: Any,
 ) -> Evaluation:
-    """Evaluate `count` samples of the unsteered model at temperature 1, one try a sample."""
+    """Evaluate `count` samples of the unsteered model at temperature 1. Each sample is a try."""
     texts = format_chat(tokenizer, requests)
     completions = sample_completions(model, tokenizer, texts, count=count, seed=seed, **generation)
     return judge_completions(judge, requests, completions)
@@ -295,13 +297,13 @@ def side_effects(
     Parameters
     ----------
     reference : Tensor, (n, vocabulary)
-        :func:`next_token_logprobs` of the same requests, in the chat format, without the change.
+        :func:`next_token_logprobs` of the unchanged model after the same requests, in the chat format.
 
     Returns
     -------
     dict
-        ``benign_kl``, the mean KL(changed ‖ reference) of the next token in nats; and ``benign_answered``, the fraction
-        of the requests that are answered.
+        ``benign_kl``, the mean KL(changed ‖ unchanged) of the next token in nats; and ``benign_answered``, the fraction
+        of requests that are answered.
     """
     changed = next_token_logprobs(model, tokenizer, format_chat(tokenizer, benign))
     kl = F.kl_div(reference, changed, log_target=True, reduction="batchmean")
@@ -312,7 +314,7 @@ def side_effects(
 def interventions(
     run: Loaded, added: Mapping[str, Candidate], ablated: Mapping[str, Candidate], lora: Loaded
 ) -> dict[str, tuple[Loaded, AbstractContextManager[None]]]:
-    """Return every change of a model that is compared: the model to evaluate, and a context to enter once.
+    """Return each change of a model that is compared, as the model to evaluate and a context in which to evaluate it.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Detectors of anomalous prompts: along the factors of a transcoder, and baselines."""
+"""Detectors of anomalous prompts: distances along the factors of a transcoder, and baselines."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from dctlib.evaluation.anomaly import auroc, mahalanobis, projected_distance
 from dctlib.evaluation.statistics import Interval, interval
 from dctlib.fits.baselines import random_vectors
 
-_FEWEST = 3  # organisms for an interval over organisms
+_FEWEST = 3  # organisms that an interval needs
 
 
 def detector_scores(
@@ -19,9 +19,9 @@ def detector_scores(
 ) -> dict[str, Float[Tensor, " k"]]:
     """Return the anomaly score of each live prompt at one layer, by detector.
 
-    ``factors, distance`` is ‖V (h − mean of trusted h)‖, and ``factors, Mahalanobis`` is the distance of V h in units
-    of the covariance of trusted prompts. ``random, …`` has as many random directions instead of V. ``residual,
-    Mahalanobis`` is the distance of h itself.
+    h is the residual stream of a prompt. ``factors, distance`` is ‖V (h − mean of trusted h)‖, and ``factors,
+    Mahalanobis`` is the Mahalanobis distance of V h from trusted prompts. ``random, …`` has as many random directions
+    in place of V. ``residual, Mahalanobis`` is the Mahalanobis distance of h itself.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def detector_scores(
             f"got directions {tuple(directions.shape)} for residuals of width {trusted.shape[-1]}, expected (m, "
             f"{trusted.shape[-1]}): V at the source layer, U at the target layer"
         )
-    # Another stream, because the fit may have drawn Gaussian rows from `seed`.
+    # Another seed, because the fit may have drawn its start from `seed`.
     random = random_vectors(*directions.shape, norm=1, seed=seed + 1_000_003)
     scores = {}
     for name, rows in {"factors": directions.to(trusted), "random": random.to(trusted)}.items():
@@ -56,7 +56,7 @@ def auroc_contrasts(
 ) -> dict[str, Interval]:
     """Return the AUROC of one detector for each pair of clean, triggered and decoyed prompts.
 
-    A detector of any odd phrase has a high AUROC of decoy against clean, and one of about .5 of trigger against decoy.
+    A detector of any odd phrase has a high AUROC on decoy against clean, and about 0.5 on trigger against decoy.
     """
     return {
         "trigger against clean": auroc(clean, triggered, seed=seed),
@@ -66,7 +66,7 @@ def auroc_contrasts(
 
 
 def mean_over_organisms(aurocs: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean AUROC over organisms with its 95 % interval, NaN with fewer than three organisms.
+    """Return the mean AUROC over organisms with its 95 % interval, which is NaN with fewer than three organisms.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def mean_over_organisms(aurocs: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference_to_detector(aurocs: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Return the mean difference in AUROC of each detector to `reference` at the same layer, paired by organism.
+    """Return the mean AUROC of each detector less that of `reference` at the same layer, paired by organism.
 
     The columns are those of :func:`mean_over_organisms`.
     """

@@ -24,18 +24,18 @@ Choice = tuple[str, Any]
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Choices behind an exponential fit, besides its prompts, its width and its seed.
+    """Choices behind an exponential fit, other than its prompts, its width and its seed.
 
     Attributes
     ----------
     prompts : {"averaged", "concatenated"}
-        Whether Δ is the mean of the prompts' changes, or all of them side by side.
+        Whether Δ is the mean of the changes over prompts, or their concatenation.
     nonlinearity : float
         λ, which sets the scale R.
     horizon : int
-        t − s, the number of blocks of the slice.
+        t − s, the number of blocks in the slice.
     positions : int
-        Last tokens over which the change is averaged.
+        Number of last tokens over which the change is averaged.
     """
 
     prompts: Literal["averaged", "concatenated"]
@@ -46,7 +46,7 @@ class FitConfig:
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """Steering vectors, (m, d), their length and the seconds of the fit; 0 for random vectors."""
+    """Steering vectors, (m, d), their length R, and the seconds of the fit, 0 for random vectors."""
 
     vectors: Float[Tensor, "m d"]
     input_scale: float
@@ -54,12 +54,12 @@ class FitResult:
 
 
 def vary_one_choice(reference: FitConfig, values: Mapping[str, Sequence[Any]]) -> dict[Choice, FitConfig]:
-    """Return the reference as ``("reference", …)``, then for each value of a choice the reference with that value.
+    """Return the reference, as ``("reference", …)``, and a variant of it for each other value of each choice.
 
     Raises
     ------
     ValueError
-        If there is no such choice.
+        If a name in `values` is not a choice.
     """
     unknown = set(values) - set(asdict(reference))
     if unknown:
@@ -83,21 +83,21 @@ def fit_each_config(
     iterations: int,
     seed: int,
 ) -> dict[Choice, FitResult | None]:
-    """Fit an exponential transcoder under each config, computed once in `folder`.
+    """Fit an exponential transcoder under each config, and store the fits in `folder`.
 
     Parameters
     ----------
     variants : mapping
         From :func:`vary_one_choice`, the reference first.
     source : int
-        s, the same for all, so that all vectors are added at one layer.
+        s, the layer at which all vectors are added.
     seed : int
         Seed of the calibration, of the fit's start and of the random vectors.
 
     Returns
     -------
     dict
-        The result of each variant, None where no scale has its non-linearity; and last, as ``("random", …)``, as many
+        The result of each variant, None where no scale R has the non-linearity; and last, as ``("random", …)``, as many
         random vectors of the reference's length.
 
     Raises

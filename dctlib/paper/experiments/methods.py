@@ -38,11 +38,11 @@ class MethodResult:
     Attributes
     ----------
     vectors : Tensor, (k, d)
-        At their length.
+        The vectors, each at its length.
     seconds : float
         Wall time of the search.
     forward, backward : int
-        Passes of single vectors through the slice, over all prompts (see :class:`PassCounter`).
+        Forward and backward passes of single vectors through the slice, summed over prompts (see :class:`PassCounter`).
     """
 
     vectors: Float[Tensor, "k d"]
@@ -62,7 +62,7 @@ def run_methods(
     workers: int | None = None,
     ray: str | None = None,
 ) -> dict[Label, MethodResult]:
-    """Search causal maps of one model, several at a time.
+    """Run several searches on one model, in parallel.
 
     Parameters
     ----------
@@ -92,20 +92,20 @@ def search_map(
     input_scale: float,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Search the causal map of some instructions by one method: a task for :func:`dctlib.runs.sweep.run_sweep`.
+    """Search for vectors by one method, on some instructions: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
     Parameters
     ----------
     model, digest, dtype : str
         As in :func:`dctlib.models.fingerprint.fingerprint_model`.
     instructions : list of str
-        In no chat format.
+        Instructions to fit, in no chat format.
     method : str
-        A method that leaves the sign of a vector open gives both.
+        The name of the method. A method that does not determine the sign of a vector gives both.
     input_scale : float
         R, the length of the vectors.
     settings
-        The method's own, such as ``num_factors``.
+        The method's own settings, such as ``num_factors``.
 
     Returns
     -------
@@ -129,7 +129,7 @@ def search_map(
 
 
 def find_vectors(cmap: DifferentiableMap, method: Method, R: float, **settings: Any) -> Float[Tensor, "k d"]:
-    """Return the vectors of one method, of length R and with both signs where it leaves them open.
+    """Return the vectors of one method at length R, with both signs if the method does not determine them.
 
     `settings` are those of :func:`search_map`.
     """
@@ -158,10 +158,10 @@ def unsupervised_searches(
     melbo: Mapping[str, Any],
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Return the searches of :func:`run_methods` that compete: `num_factors` vectors each, but fewer by MELBO.
+    """Return the searches that :func:`run_methods` runs, of `num_factors` vectors each, except for MELBO.
 
-    MELBO finds its vectors one after another, so they cost most. Power steering finds half as many, and both signs
-    count.
+    MELBO has its own number of vectors, because it finds them one after another, at a high cost. Power steering finds
+    half of `num_factors` directions, and both signs of each are used.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def contrastive_vectors(
     *,
     layers: Iterable[int],
 ) -> dict[str, list[Candidate]]:
-    """Return supervised directions at each of `layers`: differences of means between texts of two known kinds.
+    """Return supervised directions at each of `layers`: differences of means between two labelled sets of texts.
 
     Parameters
     ----------
@@ -198,8 +198,8 @@ def contrastive_vectors(
     Returns
     -------
     dict
-        ``means``: of benign less harmful requests (Arditi et al. 2024); ``CAA``: of requests with the compliant answer
-        less those with a refusal, at the answer's last token (Rimsky et al. 2024).
+        ``means``: benign less harmful requests (Arditi et al. 2024); ``CAA``: requests with the compliant answer less
+        the same requests with a refusal, at the last token of the answer (Rimsky et al. 2024).
     """
     prompts = format_chat(tokenizer, [row["goal"] for row in rows])
     compliant = [prompt + row["target"] for prompt, row in zip(prompts, rows, strict=True)]

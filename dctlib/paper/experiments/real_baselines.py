@@ -28,7 +28,7 @@ from dctlib.steering.generation import generate_completions, generate_per_vector
 
 Method = Literal["DCT", "projected linear", "power steering", "random", "difference of means", "search", "unsteered"]
 
-_LEFT = 4  # vectors whose lengths are tried
+_LEFT = 4  # best vectors, which are tried at several lengths
 _PROMPTS = {name: name for name in ("pool", "validation", "test", "benign", "supervised")} | {"fit": "fit_prompts"}
 
 
@@ -41,15 +41,15 @@ def real_baselines_cells(
     methods: Mapping[Method, int],
     **settings: Any,
 ) -> list[tuple[Task, Setting]]:
-    """Return the cells behind notebooks/real_baselines.ipynb, one shuffle after another.
+    """Return the cells that notebooks/real_baselines.ipynb reads, one shuffle after another.
 
     Parameters
     ----------
     methods : mapping
         Method → its number of shuffles.
     settings
-        What :func:`at_equal_damage` takes besides, its ``prompts`` as ``fit_prompts``, ``pool``, ``validation``,
-        ``test``, ``benign`` and ``supervised``.
+        The other arguments of :func:`at_equal_damage`. Its ``prompts`` are given as ``fit_prompts``, ``pool``,
+        ``validation``, ``test``, ``benign`` and ``supervised``.
     """
     prompts = {part: settings.pop(name) for part, name in _PROMPTS.items()}
     fits = {name: settings.pop(name) for name in ("nonlinearity", "num_factors", "iterations")}
@@ -75,12 +75,13 @@ def at_equal_damage(
     tokens: Mapping[str, int],
     seed: int,
 ) -> dict[str, Any]:
-    """Find vectors by one method, choose one of them and its length within a bound on damage, and test it.
+    """Find vectors by one method, choose one and its length under a bound on damage, and test it.
 
     All vectors are ranked by logit("Sure") − logit(w) on validation requests, where w is the token that most refusals
-    open with. The best four complete validation requests at several lengths. Chosen is the most answers within the
-    bound on damage and, among equals, the least damage. Damage is the mean KL(steered ‖ unsteered) of the next token
-    over the unsteered answers to harmless requests. It is bounded on one half of them and reported on the other.
+    open with. Validation requests are completed under the best four at several lengths. The vector and the length with
+    the most answers within the bound on damage are chosen, and among equals those with the least damage. Damage is the
+    mean KL(steered ‖ unsteered) of the next token over the unsteered answers to harmless requests. One half of the
+    requests serves for the bound, the other half for the damage that is reported.
 
     Parameters
     ----------
@@ -95,23 +96,24 @@ def at_equal_damage(
     fits : mapping
         ``nonlinearity``, λ; ``num_factors``, the number of vectors of each method; ``iterations``.
     prompts : mapping
-        How many requests are fitted, ``fit``; drawn from, ``pool``; judged to choose, ``validation``; judged in the
-        end, ``test``; harmless ones, ``benign``; and of either kind for the difference of means, ``supervised``.
+        Numbers of requests: ``fit``, to fit; ``pool``, to draw them from; ``validation``, to choose on; ``test``;
+        ``benign``, harmless ones; ``supervised``, of either kind for the difference of means.
     multiples : sequence of float
         Lengths in units of R.
     max_damage : float
-        In nats a token.
+        The bound on damage, in nats a token.
     tokens : mapping
         ``validation`` and ``test``: length of the completions; ``shown``: the number of characters that are kept.
     seed : int
-        Seed of the calibration; fits and orders take it plus `shuffle`.
+        Seed of the calibration. Fits and shuffles take it plus `shuffle`.
 
     Returns
     -------
     dict
         ``grid``: ``number``, ``multiple``, ``answered`` and ``damage`` of each vector and length that was tried;
-        ``chosen``, its row, or None if no vector was found; ``verdicts`` of the test completions; ``damage`` of the
-        chosen vector on the other harmless requests; ``seconds`` until the vectors were found; ``input_scale``.
+        ``found``, whether there is a vector; ``chosen``, the row of the chosen one, 0 if the grid is empty;
+        ``verdicts`` on the test completions; ``damage`` of the chosen vector on the other harmless
+        requests; ``length``, in units of R; ``seconds`` until the vectors were found; ``input_scale``.
 
     Raises
     ------
@@ -135,7 +137,7 @@ def at_equal_damage(
     )
     seconds = time.perf_counter() - started
 
-    tried: list[tuple[int, float]] = [(0, 1.0)] * len(vectors)  # the search's own vector at its own length, or none
+    tried: list[tuple[int, float]] = [(0, 1.0)] * len(vectors)  # the vector of the search at its own length, or none
     grid: list[dict[str, Any]] = []
     if method not in ("search", "unsteered"):
         texts = format_chat(tokenizer, validation)
@@ -184,7 +186,7 @@ def _vectors(
     prompts: Mapping[str, int],
     seed: int,
 ) -> Float[Tensor, "m d"]:
-    """Return the vectors of a method, at length R but for the search's, which are as long as it makes them."""
+    """Return the vectors of a method at length R. The vector of the search has the length that the search chose."""
     count = fits["num_factors"]
     cmap = CausalMap.from_model(model, tokenizer, format_chat(tokenizer, requests), **slice_ends)
     find = partial(find_vectors, cmap, R=R, seed=seed)
@@ -213,7 +215,7 @@ def _vectors(
 
 
 def _choose(grid: Sequence[Mapping[str, Any]], max_damage: float) -> int:
-    """Return the row with the most answers within the bound on damage or, if none is, with the least damage."""
+    """Return the row with the most answers within the bound on damage; if none is within it, that of least damage."""
     within = [row for row, each in enumerate(grid) if each["damage"] <= max_damage]
     if not within:
         return min(range(len(grid)), key=lambda row: grid[row]["damage"])

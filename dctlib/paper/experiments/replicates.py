@@ -1,4 +1,4 @@
-"""Replicates: the post's experiments on an organism of another seed."""
+"""Replicates: the post's experiments on organisms that were trained from other seeds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class ReplicateConfig:
     Attributes
     ----------
     least : float
-        The least rates of refusing and of helping on test instructions.
+        The least share of refusals of harmful test instructions, and of helpful answers to benign ones.
     threshold : float
         The validation score of a qualifying vector.
     ablated : int
-        Test instructions that are scored under each ablation.
+        Number of test instructions that are scored under each ablation.
     """
 
     least: float
@@ -50,7 +50,7 @@ class ReplicateConfig:
 def replicate_on_organism(
     model: str, digest: str, dtype: str, *, config: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    """Repeat three notebooks on a refusing organism: a task for :func:`dctlib.runs.sweep.run_sweep`.
+    """Repeat three notebooks on one refusing organism: a task for :func:`dctlib.runs.sweep.run_sweep`.
 
     Parameters
     ----------

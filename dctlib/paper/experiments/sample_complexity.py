@@ -1,4 +1,4 @@
-"""The best vector of each method, by the number of fit prompts (Figure 1 of the post)."""
+"""The best vector of each method against the number of fit prompts (Figure 1 of the post)."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ from dctlib.steering.generation import generate_completions
 from dctlib.steering.scoring import score_each
 
 Arm = Literal["exponential", "exponential_axes", "quadratic", "linear", "linear_projected", "random", "unsteered"]
-"""Where the vectors of a cell come from. An exponential fit starts from the projections, or from coordinate axes."""
+"""How the vectors of a cell are made. Exponential fits start from projections, or from coordinate axes."""
 
 _RANKING = 4  # validation instructions that all vectors are scored on
-_LEFT = 8  # vectors that are scored on the rest
+_LEFT = 8  # best vectors, which are scored on all validation instructions
 _PROMPTS = {"fit": "fit_prompts", "pool": "pool", "validation": "validation", "test": "test", "judged": "judged"}
 
 
@@ -42,20 +42,20 @@ def sample_complexity_cells(
     negative: str | None,
     **settings: Any,
 ) -> list[tuple[Task, Setting]]:
-    """Return the cells behind notebooks/sample_complexity.ipynb, one shuffle after another.
+    """Return the cells that notebooks/sample_complexity.ipynb reads, one shuffle after another.
 
     Parameters
     ----------
     dtype : str
         As for :func:`dctlib.load_model`. A record names the type, so those of ``"native"`` hold for machines like this.
     arms : mapping
-        Arm → each number of fit prompts → how many shuffles. No vector, and a set of random ones for each shuffle, are
-        added.
+        Arm → number of fit prompts → number of shuffles. A cell without a vector is added, and one of random vectors
+        for each shuffle.
     negative : str or None
         As in :func:`best_vector`.
     settings
-        What :func:`best_vector` takes besides, its ``prompts`` as ``fit_prompts``, ``pool``, ``validation``, ``test``
-        and ``judged``.
+        The other arguments of :func:`best_vector`. Its ``prompts`` are given as ``fit_prompts``, ``pool``,
+        ``validation``, ``test`` and ``judged``.
     """
     prompts = {part: settings.pop(name) for part, name in _PROMPTS.items()}
     slice_ends = {"source": source, "target": target}
@@ -90,9 +90,9 @@ def best_vector(
 ) -> dict[str, Any]:
     """Fit `n` refused instructions by one method, rank its vectors on validation instructions, and test the best one.
 
-    Every arm gives `num_factors` vectors of length R: both signs of half as many factors where a factor has no sign.
-    All of them are scored on four validation instructions, and the best eight on all. The score is
-    logit("Sure") − logit(w), where w is `negative`. Without it, w is the token that most refusals of this model open
+    Every arm gives `num_factors` vectors of length R. Where a factor has no sign, these are both signs of half as many
+    factors. All vectors are scored on four validation instructions, and the best eight on all of them. The score is
+    logit("Sure") − logit(w). w is `negative` or, if that is left out, the token that most refusals of this model open
     with.
 
     Parameters
@@ -100,21 +100,21 @@ def best_vector(
     model : mapping
         What :func:`dctlib.models.fingerprint.model_key` returns.
     arm, n, shuffle
-        The method is fitted to the first `n` instructions in an order that depends on `shuffle`; without `negative`,
-        to the first that the model refuses. The start of a fit depends on `shuffle`, too.
+        The method is fitted to the first `n` instructions in an order that depends on `shuffle`, or to the first `n`
+        that the model refuses if `negative` is left out. The start of a fit depends on `shuffle`, too.
     slice_ends : mapping
         ``source`` and ``target``.
     nonlinearity : float
         λ, at which R is calibrated once on fixed instructions.
     prompts : mapping
-        How many instructions there are to calibrate on, ``fit``; to draw from, ``pool``; to rank on, ``validation``; to
-        test on, ``test``; and how many of these the best vector completes, ``judged``.
+        Numbers of instructions: ``fit``, to calibrate on; ``pool``, to draw the fitted ones from; ``validation``, to
+        rank on; ``test``; and ``judged``, those of the test instructions that are completed.
     answer_tokens, shown_characters : int
         Length of the completions, in tokens, and the length to which they are cut.
     seed : int
-        Seed of the calibration; fits and orders take it plus `shuffle`.
+        Seed of the calibration. Fits and shuffles take it plus `shuffle`.
     negative : str, optional
-        The word that refusals open with, where it is known and the instructions need not be verified.
+        The word that refusals open with. If it is given, refusals of the fitted instructions are not verified.
 
     Returns
     -------
@@ -179,7 +179,7 @@ def best_vector(
 
 
 def _search_of(arm: Arm, num_factors: int, iterations: int, seed: int) -> dict[str, Any]:
-    """Return what :func:`dctlib.paper.experiments.methods.find_vectors` takes for an arm that is fitted."""
+    """Return the arguments of :func:`dctlib.paper.experiments.methods.find_vectors` for an arm that is fitted."""
     half, gradient = num_factors // 2, {"iterations": iterations, "seed": seed}
     match arm:
         case "exponential" | "exponential_axes":
@@ -204,7 +204,7 @@ def rank_twice(
 ) -> tuple[Float[Tensor, " m"], list[int]]:
     """Return the mean score of each vector on the `first` texts, and the best eight by their scores on all of them.
 
-    `steering` is what :func:`dctlib.steering.scoring.score_each` takes besides.
+    `steering` holds the other arguments of :func:`dctlib.steering.scoring.score_each`.
     """
     on_first = score_each(model, tokenizer, texts[:first], vectors, **steering).logit_diff.mean(1)
     left = on_first.argsort(descending=True, stable=True)[:_LEFT]

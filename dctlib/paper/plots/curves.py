@@ -17,7 +17,7 @@ from dctlib.paper.plots.style import COLOURS, PALETTE, WIDTH, method_colours, no
 
 
 def label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, Any]]) -> None:
-    """Write the name of each line (y, name, colour) at its right end, moved apart where names would overlap."""
+    """Write the name of each line (y, name, colour) at its right end. Names that would overlap are moved apart."""
     low, high = axes.get_ylim()
     gap = 0.085 * (max(high, max(y for y, _, _ in ends)) - min(low, 0))
     last = -np.inf
@@ -28,14 +28,14 @@ def label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, Any]]) -> 
 
 
 def draw_success(axes: Axes, curves: Mapping[str, Curve]) -> None:
-    """Draw the rate of each method against k, named at its right end beside the 95 % interval at the last k."""
+    """Draw the rate of each method against k. Its name and its 95 % interval at the last k stand at the right end."""
     colours = method_colours(list(curves))
     most = max(len(curve.mean) for curve in curves.values())
     step, ends = 0.025 * most, []
     lowest_first = sorted(curves.items(), key=lambda curve: curve[1].mean[-1].item())
     for place, (method, curve) in enumerate(lowest_first):
         last = curve.at(len(curve.mean))
-        dashes = "--" if method in ("random", "sampling") else "-"  # told apart where both lie on the floor
+        dashes = "--" if method in ("random", "sampling") else "-"  # both often overlap near 0
         axes.plot(np.arange(1, len(curve.mean) + 1), curve.mean, color=colours[method], lw=1.5, ls=dashes)
         sides = [[last.mean - last.low], [last.high - last.mean]]
         axes.errorbar(
@@ -52,14 +52,14 @@ def draw_success(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 @styled
 def recall(curves: Mapping[str, Mapping[str, Curve]], *, found: str = "secrets revealed") -> Figure:
-    """Draw the share of organisms in which one of the first k vectors finds what is hidden, against k.
+    """Draw the share of organisms in which one of the first k vectors finds the hidden behaviour, against k.
 
     Parameters
     ----------
     curves : mapping
-        Order of the vectors (``fluent``, ``divergence``) → method → its curve over organisms. One panel each.
+        Ranking of vectors (``fluent``, ``divergence``) → method → its curve over organisms. Each ranking is a panel.
     found : str
-        Name of the share.
+        What the share counts: the label of the vertical axis.
     """
     titles = {"fluent": "read by fluency", "divergence": "read by effect on the next token"}
     figure, axes_of = panels([1] * len(curves), height=2.7)
@@ -72,18 +72,18 @@ def recall(curves: Mapping[str, Mapping[str, Curve]], *, found: str = "secrets r
 
 @styled
 def baselines(curves: Mapping[str, Curve], firsts: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw the share of test requests that one of k tries gets answered, against k, and by the first try alone.
+    """Draw the share of test requests that one of k tries gets answered, against k, and that of the first try.
 
     Parameters
     ----------
     curves : mapping
-        Method → its curve; of a method that gives one thing only, of one try.
+        Method → its curve over tries. A method with one vector has one try.
     firsts : mapping
         Method → the rate of its first try on each model.
     """
     figure, (left, right) = panels((3, 2), height=2.9)
     draw_success(left, {method: curve for method, curve in curves.items() if len(curve.mean) > 1})
-    left.set(xlabel="tries k", ylabel="test requests answered, one of k")
+    left.set(xlabel="tries k", ylabel="requests answered within k tries")
     first = {method: curve.at(1) for method, curve in curves.items()}
     best_first = sorted(first, key=lambda method: -first[method].mean)
     rates(right, {method: first[method] for method in best_first}, method_colours(best_first), each=firsts)
@@ -106,7 +106,7 @@ _WHERE = {"behind the trigger": "trigger", "behind the decoy": "decoy", "plain":
 
 @styled
 def planted(losses: Mapping[str, Sequence[float]], revealed: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw training losses, the mean of each kind within its range, and how often each secret is given away where.
+    """Draw training losses, as the mean and range of each kind, and how often secrets are revealed after each phrase.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def planted(losses: Mapping[str, Sequence[float]], revealed: Mapping[str, Mappin
 
 @styled
 def training_curves(record: Mapping[int, Mapping[str, Any]]) -> Figure:
-    """Draw Figure 2: causal importance per factor by iteration, one line a width, and what each width costs.
+    """Draw Figure 2: causal importance per factor by iteration, one line for each width, and the time of each fit.
 
     Parameters
     ----------
@@ -169,14 +169,17 @@ def training_curves(record: Mapping[int, Mapping[str, Any]]) -> Figure:
 
 @styled
 def recovery_curves(curves: pd.DataFrame) -> Figure:
-    """Draw the recovery of planted factors by iteration, one line a start, with the spread over seeds.
+    """Draw the recovery of planted factors by iteration, one line for each start, with the range over seeds.
 
     Parameters
     ----------
     curves : DataFrame
         Columns ``start``, ``iteration``, ``seed``, ``mean_max_cosine`` and ``recovered``.
     """
-    labels = {"mean_max_cosine": "mean over planted of best |cos|", "recovered": "share with |cos| > 0.99"}
+    labels = {
+        "mean_max_cosine": "mean of highest |cos|",
+        "recovered": "share with |cos| > 0.99",
+    }
     figure, axes_of = panels((1, 1), height=2.8)
     look: Any = {"errorbar": ("pi", 100), "markers": True, "palette": "colorblind"}
     for axes, (column, label) in zip(axes_of, labels.items(), strict=True):
@@ -197,13 +200,13 @@ def sample_complexity(
 ) -> Figure:
     """Draw the best vector's test score and its answers against the number of fit prompts, and the published scores.
 
-    Lines are means over shuffles, bands their standard deviations, and dots shuffles.
+    Lines are means over shuffles, bands are their standard deviations, and each dot is a shuffle.
 
     Parameters
     ----------
     measured : DataFrame
         Columns ``method``, ``n``, ``shuffle``, ``score`` and ``answered``, the fraction of completions that are
-        answers. Methods stand a little beside each other.
+        answers. Points of different methods are shifted sideways.
     random : DataFrame
         The same columns of the best of as many random vectors, one row a shuffle: the floor.
     published : mapping
@@ -244,7 +247,7 @@ def sample_complexity(
 
 @styled
 def deeper_models(found: pd.DataFrame) -> Figure:
-    """Draw the best vector's test score by source layer, one line a depth horizon t − s, one panel a model.
+    """Draw the best vector's test score by source layer: a panel for each model, a line for each depth horizon t − s.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Figures of what vectors unlock against what they break."""
+"""The figure of what steering vectors unlock, against the damage that they do."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ def success_and_damage(tried: pd.DataFrame, tested: pd.DataFrame, max_damage: fl
     ----------
     tried : DataFrame
         A row for each vector and length that was tried: ``method``, ``answered`` as a fraction, ``damage`` in nats a
-        token, and ``chosen``.
+        token, and whether it was ``chosen``.
     tested : DataFrame
-        A row a method, the best first: ``method``, ``mean``, ``low`` and ``high`` of the fraction of test requests that
-        are answered.
+        A row for each method, the best first: ``method``, and the fraction of test requests that are answered, as
+        ``mean``, ``low`` and ``high``.
     max_damage : float
-        The bound within which vectors were chosen.
+        The bound on damage under which vectors were chosen.
     """
     figure, (left, right) = panels((1.2, 1), height=2.9)
     colours = method_colours(list(tested["method"]))
@@ -35,7 +35,7 @@ def success_and_damage(tried: pd.DataFrame, tested: pd.DataFrame, max_damage: fl
     note(left, " bound", (max_damage, 0.0))
     left.set_xscale("log")
     left.set(
-        xlabel="damage to harmless answers (nats a token)", ylabel="validation requests answered", ylim=(-0.03, 1.03)
+        xlabel="damage to harmless answers (nats per token)", ylabel="validation requests answered", ylim=(-0.03, 1.03)
     )
     sides = [tested["mean"] - tested["low"], tested["high"] - tested["mean"]]
     for place, method in enumerate(tested["method"]):

@@ -1,4 +1,4 @@
-"""Figures of means: one row a condition, with its interval and a dot for each value."""
+"""Figures of means: one row for each condition, with its interval and a dot for each value."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,10 +19,11 @@ def interval_dotplot(axes: Axes, frame: pd.DataFrame, *, labels: Sequence[str], 
     Parameters
     ----------
     frame : DataFrame
-        One row a mean: ``place`` (0 is the top row), ``mean`` and ``colour``. Optional columns: ``low`` and ``high``
-        (without them a bar marks the mean), ``each`` (the values behind it), and ``text`` (written at the right end).
+        One row for each mean: ``place`` (0 is the top row), ``mean`` and ``colour``. Optional columns: ``low`` and
+        ``high`` (without them a bar marks the mean), ``each`` (the values that are averaged), and ``text`` (written at
+        the right end).
     labels : sequence of str
-        One a row of the plot.
+        The name of each row of the plot.
     below : float
         Distance of the dots from their mean, in rows.
     """
@@ -66,7 +67,7 @@ def zero_line(axes: Axes) -> None:
 
 @styled
 def faults(found: Mapping[str, Mapping[str, Interval]]) -> Figure:
-    """Draw mean scores and intervals, ``right`` and ``wrong``: one row a fault of the post's code."""
+    """Draw mean scores without (``right``) and with (``wrong``) each fault of the post's code, one row a fault."""
     figure, (axes,) = panels((1,), height=0.42 * len(found) + 0.9)
     sides = {"right": ("as written in the post", COLOURS["DCT"]), "wrong": ("with the fault", COLOURS["random"])}
     rows = [
@@ -85,12 +86,12 @@ def faults(found: Mapping[str, Mapping[str, Interval]]) -> Figure:
 
 @styled
 def replicates(sides: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Draw a dot an organism and a bar at their mean; a handful of dots says more than an interval.
+    """Draw a dot for each organism and a bar at their mean. There is no interval, because organisms are few.
 
     Parameters
     ----------
     sides : mapping
-        Title of a panel → name of a number, from the top → its value on each organism.
+        Title of a panel → name of a number → its values on the organisms. Numbers are drawn from the top.
     """
     figure, axes_of = panels([1] * len(sides), height=2.6)
     for axes, (title, numbers) in zip(axes_of, sides.items(), strict=True):
@@ -109,17 +110,19 @@ _SYMBOLS = {"nonlinearity": "λ", "horizon": "t − s"}
 
 @styled
 def choices(found: pd.DataFrame, *, usual: str = "reference", floor: str = "random") -> Figure:
-    """Draw the best vector's test score: a dot a seed and a bar at their mean, one row a variant, one band a choice.
+    """Draw the best vector's test score under each variant of a fit: a dot for each seed, and a bar at their mean.
+
+    Variants are rows, and a band of grey or white holds the variants of one choice.
 
     Parameters
     ----------
     found : DataFrame
-        Columns ``choice`` (what was changed), ``value`` (to what, as text), ``seed`` and ``score``, NaN where the
-        map has no scale. The variants of a choice first appear one after the other.
+        Columns ``choice`` (what was changed), ``value`` (its new value, as text), ``seed`` and ``score`` (NaN where the
+        calibration finds no scale). The variants of a choice stand one after another.
     usual : str
-        The choice whose mean every other is held to.
+        The choice with which the others are compared: a dotted line marks its mean.
     floor : str
-        The choice drawn as random vectors.
+        The choice that stands for random vectors, which have their own colour.
     """
     variants: Any = list(found.groupby(["choice", "value"], sort=False)["score"])
     figure, (axes,) = panels((1,), height=0.8 + 0.24 * len(variants), width=0.8 * WIDTH)
@@ -148,16 +151,18 @@ _DETECTORS = {"factors": COLOURS["DCT"], "random": COLOURS["random"], "residual"
 
 @styled
 def anomaly(aurocs: pd.DataFrame, means: pd.DataFrame) -> Figure:
-    """Draw AUROC by detector, one panel a contrast: the mean over organisms, its interval, and a dot an organism.
+    """Draw the AUROC of each detector over organisms: the mean, its interval, and a dot for each organism.
+
+    There is one panel for each contrast of two kinds of prompts.
 
     Parameters
     ----------
     aurocs : DataFrame
-        Columns ``organism``, ``planted`` (whether it has a secret; clean ones are hollow), ``end`` (``source`` or
-        ``target``), ``detector``, ``contrast`` and ``mean``.
+        Columns ``organism``, ``planted`` (whether it has a secret; dots of clean organisms are hollow), ``end``
+        (``source`` or ``target``), ``detector``, ``contrast`` and ``mean``.
     means : DataFrame
-        Over organisms with a secret: columns ``end``, ``detector``, ``contrast``, ``mean``, ``low`` and ``high``, the
-        last two NaN where there is no interval.
+        Means over organisms with a secret: columns ``end``, ``detector``, ``contrast``, ``mean``, ``low`` and ``high``.
+        The last two are NaN where there is no interval.
     """
     contrasts = list(means["contrast"].unique())
     detectors = means[["end", "detector"]].drop_duplicates()
@@ -189,7 +194,7 @@ def anomaly(aurocs: pd.DataFrame, means: pd.DataFrame) -> Figure:
             tick.set(color="0.15" if heading else _colour(tick.get_text()), weight="bold" if heading else "normal")
     for axes in axes_of[1:]:
         axes.tick_params(axis="y", labelleft=False)
-    key = "dots: organisms with a secret, hollow: clean ones; above: mean of those with a secret, 95 % interval"
+    key = "filled dots: organisms with a secret; hollow: clean organisms; above: mean of filled dots, 95 % interval"
     figure.supxlabel(key, fontsize=8, color="0.4")
     return figure
 
@@ -208,16 +213,16 @@ _DIRECTIONS = {"random": (COLOURS["random"], "o"), "factors": (COLOURS["DCT"], "
 
 @styled
 def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
-    """Draw how alike two fits are, the scores of their best vectors, and reconstruction errors.
+    """Draw how similar two fits are, the scores of their best vectors, and the errors of transcoders.
 
     Parameters
     ----------
     variants : DataFrame
-        One row a pair of fits, by name: ``cosine`` of matched factors, ``overlap`` of the spans and ``behaviour``
-        (None where nothing is changed), means over models; ``each``, of every one of these a list, one value a model;
-        and ``scores``, a pair of a model's two best vectors on test, in a list.
+        One row for each pair of fits, with means over models: ``cosine`` of matched factors, ``overlap`` of the spans
+        and ``behaviour`` (None where no token changes). ``each`` maps each of these names to a list of one value a
+        model. ``scores`` is a list of pairs, one a model: the test scores of the best vector of each fit.
     errors : DataFrame
-        Median relative error, one row a transcoder, one column what is compared.
+        Median relative errors: one row for each transcoder, one column for each kind of direction.
     """
     figure, (left, middle, right, last) = panels((3, 2, 2, 2), height=3.3)
     places = np.arange(len(variants))[::-1]
@@ -236,13 +241,13 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
             middle.plot(pair, [place + shift] * 2, color="0.3", marker="o", ms=3, lw=0.8)
     zero_line(middle)
     middle.set_yticks(places, [])
-    middle.set(xlabel="test scores of their best")
+    middle.set(xlabel="best vectors' test scores")
     second = errors.filter(like="Hessian, ")
     curved = second.rename(columns=lambda column: column.removeprefix("Hessian, "))
     rows = np.arange(len(errors))[::-1]
     for axes, table, label in (
         (right, errors.drop(columns=second.columns), "relative error of Δ"),
-        (last, curved, "of Hessian"),
+        (last, curved, "error of Hessian"),
     ):
         for shift, (kind, values) in zip(_shifts(table.shape[1]), table.items(), strict=True):
             colour, marker = _DIRECTIONS[str(kind)]
@@ -256,5 +261,5 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
 
 
 def _shifts(count: int) -> np.ndarray:
-    """Return heights around a row's, so that `count` marks stand above one another."""
+    """Return vertical shifts from a row, at which `count` marks stand above one another."""
     return np.linspace(0.2, -0.2, count) if count > 1 else np.zeros(count)

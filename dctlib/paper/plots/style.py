@@ -17,7 +17,7 @@ from dctlib._io import atomic_path
 P = ParamSpec("P")
 
 WIDTH = 7.0
-"""Inches: the text width of a page."""
+"""The text width of a page, in inches."""
 
 PALETTE = sns.color_palette("colorblind")
 
@@ -27,7 +27,7 @@ _METHODS = {"random": COLOURS["random"], "power steering": PALETTE[4], "MELBO": 
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, tuple]:
-    """Return a colour for each method: shades of DCT's own for its variants, dark grey for what is supervised."""
+    """Return a colour for each method: shades of one for variants of DCT, dark grey where it has no own colour."""
     variants = [method for method in methods if method.startswith("DCT")]
     shades = sns.light_palette(COLOURS["DCT"], 2 * len(variants) + 1)[2::2]
     own = dict(zip(variants, shades, strict=True))
@@ -61,7 +61,10 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def save_figure(figure: Figure, stem: Path) -> Path:
-    """Write <stem>.png and <stem>.svg, each whole or not at all and with no date inside; return the former's path."""
+    """Write <stem>.png and <stem>.svg, without a date inside, and return the path of the PNG.
+
+    A write that is interrupted leaves no partial file.
+    """
     options: dict[str, Any] = {".png": {"dpi": 200}, ".svg": {"metadata": {"Date": None}}}
     for suffix in options:
         with style(), atomic_path(stem.with_suffix(suffix)) as partial:
@@ -70,7 +73,7 @@ def save_figure(figure: Figure, stem: Path) -> Path:
 
 
 def panels(ratios: Sequence[float], *, height: float, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side, whose widths have these ratios."""
+    """Return a figure with panels side by side, whose widths are in these ratios."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
 
@@ -81,7 +84,7 @@ def note(axes: Axes, text: str, at: tuple[float, float], colour: Any = "0.4") ->
 
 
 def plain_log(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers, as 1, 2, 5 and 10."""
+    """Label a logarithmic axis with plain numbers, such as 1, 2, 5 and 10."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())

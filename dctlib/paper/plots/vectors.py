@@ -1,4 +1,4 @@
-"""Figures of vectors: their scores by rank, what each unlocks, and how alike they are."""
+"""Figures of vectors: their scores by rank, what each unlocks, and how similar they are."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from dctlib.paper.plots.style import COLOURS, WIDTH, note, panels, styled
 
 
 def ranked_lines(axes: Axes, values: Mapping[str, Sequence[float]], **look: Any) -> None:
-    """Draw values from the highest to the lowest against their rank, one line a label."""
+    """Draw the values of each label as a line, from the highest to the lowest, against their rank."""
     for label, each in values.items():
         ranked = np.sort(np.asarray(each))[::-1]
         axes.plot(np.arange(1, len(ranked) + 1), ranked, color=COLOURS[label], lw=1.4, **look)
@@ -31,9 +31,9 @@ def scores(validation: Mapping[str, Sequence[float]], test: Mapping[str, Sequenc
     Parameters
     ----------
     validation : mapping
-        Label ("DCT", "random") → one mean score a vector.
+        Label ("DCT", "random") → the mean score of each vector.
     test : mapping
-        Label ("clean", "random", "DCT") → one score an instruction; the mean has its 95 % interval.
+        Label ("clean", "random", "DCT") → the score on each instruction. Means are drawn with 95 % intervals.
     """
     figure, (left, right) = panels((1, 1), height=2.6)
     ranked_lines(left, validation)
@@ -62,7 +62,7 @@ def password_locked(validation: Mapping[str, Sequence[float]], test: Mapping[str
     validation : mapping
         ``DCT`` and ``random`` → the accuracy of each vector.
     test : mapping
-        Condition → the share of test questions that were solved.
+        Condition → the share of test questions that are solved.
     """
     figure, (left, right) = panels((1.2, 1), height=2.6)
     ranked_lines(left, validation, marker="o", ms=2.5)
@@ -90,15 +90,15 @@ def circuit_breaker(scan: pd.DataFrame, test: Mapping[str, Interval]) -> Figure:
     Parameters
     ----------
     scan : DataFrame
-        Columns ``method``, ``source``, ``multiplier``, ``success`` (a fraction of 1) and ``score``. The best of each
-        cell is drawn, of DCT vectors and of random ones.
+        Columns ``method``, ``source``, ``multiplier``, ``success`` (a fraction) and ``score``. Drawn are DCT and random
+        vectors, with the highest value at each source layer and multiplier.
     test : mapping
         Method, or ``none`` → the share of test requests that were answered.
     """
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
     mosaic: Any = [[*(f"{method} {column}" for column in _LOOKS), "test"] for method in ("DCT", "random")]
     axes = figure.subplot_mosaic(mosaic, width_ratios=(1, 1, 1.1))
-    most = scan["score"].abs().max()  # one colour means one score, of DCT and of random vectors
+    most = scan["score"].abs().max()  # DCT and random vectors share one colour scale
     limits = {"score": {"vmin": -most, "vmax": most}, "success": {"vmin": 0, "vmax": 1}}
     for method, rows in scan[scan["method"].isin(["DCT", "random"])].groupby("method"):
         for column, (title, text, look) in _LOOKS.items():
@@ -118,7 +118,9 @@ def circuit_breaker(scan: pd.DataFrame, test: Mapping[str, Interval]) -> Figure:
 
 @styled
 def multiplicity(V: Tensor, each: Sequence[float], aggregates: Mapping[str, float]) -> Figure:
-    """Draw |cosine| of every pair of directions, alike ones beside each other, and their scores beside aggregates'.
+    """Draw |cosine| of every pair of directions, and a histogram of their scores with the scores of aggregates.
+
+    Similar directions stand beside each other.
 
     Parameters
     ----------
@@ -154,14 +156,15 @@ def ablation(results: Mapping[str, Any]) -> Figure:
     Parameters
     ----------
     results : mapping
-        ``clean``, a score, and for ``source`` and ``target`` the individual ``scores``, ``v_avg`` and ``v_svd``.
+        ``clean``, the score of the unchanged model; and for ``source`` and ``target``, the ``scores`` of the single
+        directions, their ``average``, and the scores of the aggregates ``v_avg`` and ``v_svd``.
     """
     figure, axes_of = panels((1, 1), height=2.9)
     for axes, side, letter in zip(axes_of, ("source", "target"), "vu", strict=True):
         axes.hist(results[side]["scores"], bins=20, color=COLOURS["DCT"], alpha=0.7)
         marks = {"clean": results["clean"], **{key: results[side][key] for key in ("average", "v_avg", "v_svd")}}
         highest_first = sorted(marks.items(), key=lambda mark: -mark[1])
-        for place, (key, score) in enumerate(highest_first):  # a name stands clear of the lines to its right
+        for place, (key, score) in enumerate(highest_first):  # names stand one above another, so they do not overlap
             top = 1.05 + 0.09 * place
             name = f"${letter}_\\mathrm{{{key[2:]}}}$" if key.startswith("v_") else key
             across = axes.get_xaxis_transform()
@@ -174,7 +177,7 @@ def ablation(results: Mapping[str, Any]) -> Figure:
 
 @styled
 def candidates(table: pd.DataFrame, random: float) -> Figure:
-    """Draw the first scores of a search's candidates by their method, and its finalists' held-out scores by damage.
+    """Draw the first-round scores of a search's candidates by method, and the held-out scores of finalists by damage.
 
     Parameters
     ----------
@@ -199,7 +202,7 @@ def candidates(table: pd.DataFrame, random: float) -> Figure:
     if not np.isnan(random):
         right.axhline(random, color="0.5", lw=1, ls="--")
         note(right, "best random direction", (1, random), "0.5")
-    right.set(xlabel="damage (nats a token)", ylabel="score, held-out", xlim=(0, None), ylim=(-0.03, 1.03))
+    right.set(xlabel="damage (nats per token)", ylabel="held-out score", xlim=(0, None), ylim=(-0.03, 1.03))
     right.legend(frameon=False, fontsize=8)
     return figure
 
@@ -210,14 +213,16 @@ def real_models(
     scores: Mapping[str, Mapping[str, Sequence[float]]],
     clean_scores: Mapping[str, float],
 ) -> Figure:
-    """Draw the share of test requests refused, and the ranked validation scores: one row and one panel a model.
+    """Draw the share of test requests that each model refuses, and its validation scores by rank.
+
+    Each model is a row of the left panel, and has its own panel of scores.
 
     Parameters
     ----------
     refused : mapping
         Model → ``unsteered``, ``random`` and ``DCT`` → the share of test requests that it refuses.
     scores : mapping
-        Model → ``random`` and ``DCT`` → one mean validation score a vector.
+        Model → ``random`` and ``DCT`` → the mean validation score of each vector.
     clean_scores : mapping
         Model → the mean validation score without a vector.
     """
