@@ -14,7 +14,7 @@ from dctlib.models.chat import tokenize
 
 
 def columns_of_vh(exact: Transcoder, num_factors: int) -> Float[Tensor, "m d"]:
-    """Return the first *columns* of the Vh that torch's SVD returns; its rows are the right singular vectors.
+    """Return the first *columns* of the Vh that torch's SVD returns. Its *rows* are the right singular vectors.
 
     Parameters
     ----------
@@ -30,8 +30,8 @@ def projected_columns_of_vh(
 ) -> Float[Tensor, "m d"]:
     """Return the first columns of the full Vh of W·T1, where Algorithm 1′ takes the first rows.
 
-    W·T1 has `projections` rows, so the further rows of the full Vh, and with them nearly whole columns, are what LAPACK
-    fills up an orthonormal basis with: the columns lie close to coordinate axes.
+    W·T1 has `projections` rows. LAPACK adds the further rows of the full Vh, most of each column, to make
+    the basis complete and orthonormal. The columns therefore lie close to coordinate axes.
 
     Parameters
     ----------
@@ -56,10 +56,10 @@ def _check_square(exact: Transcoder) -> None:
 def als_without_curvature(
     cmap: DifferentiableMap, *, num_factors: int, iterations: int, seed: int
 ) -> Float[Tensor, "m d_source"]:
-    """Run Algorithm 2 with T2(·, v, v) and T2(u, v, ·) of the map's linear part, which become T1 v and T1ᵀ u.
+    """Run Algorithm 2 with T1 v in place of T2(·, v, v), and T1ᵀ u in place of T2(u, v, ·).
 
-    A linear map has no second-order information. The result is orthogonal iteration, which converges to the leading
-    right singular vectors of the Jacobian.
+    The published code differentiates the linear part of the map, which has no second-order information. The result is
+    orthogonal iteration, which converges to the leading right singular vectors of the Jacobian.
     """
     generator = torch.Generator().manual_seed(seed)
     V = torch.randn(num_factors, cmap.d_source, generator=generator, dtype=cmap.dtype).to(cmap.device)
@@ -71,6 +71,6 @@ def als_without_curvature(
 
 
 def pad_left_unmasked(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
-    """Pad texts on the left to equal length with tokens that are attended to like any other."""
+    """Pad texts on the left to equal length, with tokens that no attention mask hides."""
     lengths = [tokenize(tokenizer, text).shape[1] for text in texts]
     return [str(tokenizer.pad_token) * (max(lengths) - n) + text for text, n in zip(texts, lengths, strict=True)]
