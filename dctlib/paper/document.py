@@ -37,11 +37,11 @@ _TYPST_RULES = """
 def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") -> list[Path]:
     """Render writeup/<document>.md with the numbers of a profile as HTML and PDF in writeup/<profile>/.
 
-    The names of the template are every figures/<profile>/<stem>.json under its stem; ``published``
-    (writeup/published.yaml); ``replications`` (stem → :class:`dctlib.paper.claims.Replication`, the headline claims
-    first); ``params`` and ``profile``; ``study``, every figures/study/<stem>.json, with ``study_params`` and
-    ``study_replications``; ``authors`` (CITATION.cff); and ``revision``, the commit of the sources and its date, or
-    None. Citations are resolved from writeup/references.bib.
+    A template can use each figures/<profile>/<stem>.json under the name ``<stem>``, and these names: ``published``
+    (writeup/published.yaml); ``replications``, a stem → its :class:`dctlib.paper.claims.Replication`, the headline
+    claims first; ``params`` and ``profile``; ``study``, a stem → figures/study/<stem>.json, with ``study_params`` and
+    ``study_replications``; ``authors`` (CITATION.cff); and ``revision``, the last commit of the sources with its date,
+    or None outside a git repository. Citations are resolved from writeup/references.bib. Sections are numbered.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def write_report(profile: str, root: Path = ROOT, *, document: str = "paper") ->
 
 
 def number(value: float, digits: int = 1) -> str:
-    """Format a signed decimal with a true minus sign."""
+    """Format a decimal with its sign, and with the minus sign of typography."""
     zero = f"{0:.{digits}f}"
     shown = f"{value:+.{digits}f}".replace("-", "−") if value else zero
     return zero if shown[1:] == zero else shown
@@ -145,7 +145,7 @@ def markdown_text(value: str) -> str:
 
 
 def _link_notebooks(prose: str, folder: Path) -> str:
-    """Let links to pages of notebooks that no run has left yet lead to the notebooks."""
+    """Link a notebook itself where writeup/<profile>/ holds no page of it."""
 
     def target(link: re.Match[str]) -> str:
         return link[0] if (folder / link[1]).exists() else f"](../../notebooks/{Path(link[1]).stem}.ipynb)"
