@@ -241,12 +241,12 @@ def stability(variants: pd.DataFrame, errors: pd.DataFrame) -> Figure:
             middle.plot(pair, [place + shift] * 2, color="0.3", marker="o", ms=3, lw=0.8)
     zero_line(middle)
     middle.set_yticks(places, [])
-    middle.set(xlabel="best vectors' test scores")
+    middle.set(xlabel="best test scores")
     second = errors.filter(like="Hessian, ")
     curved = second.rename(columns=lambda column: column.removeprefix("Hessian, "))
     rows = np.arange(len(errors))[::-1]
     for axes, table, label in (
-        (right, errors.drop(columns=second.columns), "relative error of Δ"),
+        (right, errors.drop(columns=second.columns), "error of Δ"),
         (last, curved, "error of Hessian"),
     ):
         for shift, (kind, values) in zip(_shifts(table.shape[1]), table.items(), strict=True):
