@@ -77,6 +77,8 @@ def _check_steer(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) ->
         moved = _residuals(model)[layer]
     if not (moved - before - vector).norm() <= 0.05 * (before + vector).norm():
         raise ValueError("steer() does not change the residual stream by its vector")
+    if not torch.equal(_residuals(model)[layer], before):
+        raise ValueError("steer() leaves something of its vector in the model after the with block")
     return f"a vector is added at layer {layer}"
 
 

@@ -20,7 +20,7 @@ _LEAST_EXAMPLES = 3
 _FLUENT = 0.9  # fraction of the model's own answers that are fluent by definition
 _BEGINNING = 12  # tokens on which novelty is measured: after another beginning, the rest is likely again
 _SURPRISE = 4.0  # nats
-_PMI = 0.5  # nats a token
+_PMI = 0.5  # nats per token
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ _ABOUT = {
     "source": "the method that it comes from; random vectors are the control",
     "multiple": "its length in units of R",
     "length": "its length in units of the residual stream",
-    "damage": "mean KL(steered ‖ unsteered) in nats a token, on answers to harmless requests. Good: below the bound, "
+    "damage": "mean KL(steered ‖ unsteered) in nats per token, on answers to harmless requests. Good: below the bound, "
     "0.5 unless you changed it. Bad: above 1, harmless answers change",
     "score": "0 to 1, on all requests: the product of the grades, counting relevance beyond the unsteered answer's; "
     "with a judge, the fraction judged True. Good: near 1. Bad: near 0",

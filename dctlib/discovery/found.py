@@ -40,7 +40,7 @@ class FoundVectors:
     candidates : DataFrame
         All vectors that were read: the found ones, best first, then the others by how far they came. The index is the
         row of `directions`. Columns: ``found``; ``source``, the method; ``multiple``, its ``length`` in units of R;
-        ``damage``, in nats a token; ``score``, on all validation requests; ``held_out``, on those that no vector was
+        ``damage``, in nats per token; ``score``, on all validation requests; ``held_out``, on those that no vector was
         chosen on; ``elsewhere``, on harmless requests, NaN with a judge; ``excess``, ``score`` less ``elsewhere``;
         ``change``, the score without a judge if the unsteered model withheld every answer; the means of the grades by
         :class:`dctlib.discovery.criteria.Grades`; ``request`` and ``says``, one held-out request and its completion,
@@ -138,9 +138,9 @@ class FoundVectors:
             )
         return (
             "Nothing found: within the bound on damage, no vector makes the model answer held-out requests that it "
-            f"withholds an answer to. The unsteered model withholds {self._withheld()} of its answers. What merely "
-            "changes answers, a persona say, is found by a judge alone; the candidates are ranked by it. "
-            f"{_ELSEWHERE}"
+            f"withholds an answer to. The unsteered model withholds {self._withheld()} of its answers. A vector that "
+            "only changes answers, such as a persona, needs a judge to be found; the candidates are ranked by how much "
+            f"they change. {_ELSEWHERE}"
         )
 
     def _withheld(self) -> str:

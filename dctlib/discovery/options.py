@@ -51,7 +51,7 @@ class SearchOptions(BaseModel):
     max_damage: float = Field(
         0.5,
         gt=0,
-        description="Largest damage of a vector to answers to harmless requests, in nats a token. Lower it if "
+        description="Largest damage of a vector to answers to harmless requests, in nats per token. Lower it if "
         "completions are word salad.",
     )
     margin: float = Field(
