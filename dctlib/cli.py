@@ -114,7 +114,8 @@ def discover(
     print(f"\n{found.explanation}")
     for number, row in enumerate(found.table.to_dict("records")):
         line = truncate(row["says"], min(80, options.shown_characters))
-        print(f"  {number:>2}  {row['source']:16}  {options.rank_by} {row[options.rank_by]:4.2f}  {line}")
+        score = f"{options.rank_by} {row[options.rank_by]:4.2f}"
+        print(f"  {number:>2}  {row['source']:16}  behaviour {row['behaviour']:.0f}  {score}  {line}")
     for purpose, path in {"browse": paths.explorer, "numbers": paths.results, "share": paths.shared}.items():
         print(f"{purpose + ':':9}{os.path.relpath(path)}")
     if len(found.table):

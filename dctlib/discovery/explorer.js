@@ -125,16 +125,19 @@ function marker(name) {
 
 async function drawMap() {
   const of = data.columns[columnOf(get("colour").value)];
-  const [x, y] = [0, 1].map((axis) => data.map.points.map((point) => point[axis]));
+  const [x, y] = [0, 1].map((axis) => data.map.slice(0, -1).map((point) => point[axis]));
+  const [unsteered] = data.map.slice(-1);
   const text = data.rows.map((row) => `vector ${row[0]}<br>${of.name.replaceAll("<", "&lt;")} ${shown(row[columnOf(of.name)], of)}`);
-  const name = (axis) => `component ${axis + 1} (${(100 * data.map.explained[axis]).toFixed(0)} % of variance)`;
   const points = { x, y, text, hoverinfo: "text", mode: "markers", selectedpoints: listed(),
     marker: { size: 8, line: { width: 0.5, color: "#888" }, ...marker(of.name) }, unselected: { marker: { opacity: 0.12 } } };
   const ring = { x: [x[chosen]], y: [y[chosen]], hoverinfo: "skip", mode: "markers",
     marker: { size: 15, symbol: "circle-open", color: getComputedStyle(document.body).color, line: { width: 2 } } };
-  await plot("map", [points, ring], {
+  const star = { x: [unsteered[0]], y: [unsteered[1]], text: ["without steering"], hoverinfo: "text", mode: "markers+text",
+    textposition: "top center", marker: { size: 11, symbol: "star", color: getComputedStyle(document.body).color } };
+  await plot("map", [points, ring, star], {
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    xaxis: { title: name(0), showticklabels: false }, yaxis: { title: name(1), showticklabels: false },
+    xaxis: { title: "words, first component", showticklabels: false },
+    yaxis: { title: "words, second component", showticklabels: false },
   });
 }
 
@@ -212,7 +215,7 @@ function follow(event) {
   chosen = Math.max(found, 0);
   open();
   if (!get("vectors").tBodies[0].querySelector(".chosen")) turnTo(chosen);
-  const [x, y] = data.map.points[chosen];
+  const [x, y] = data.map[chosen];
   if (event) Plotly.restyle("map", { x: [[x]], y: [[y]] }, [1]);
   if (found >= 0 && narrow.matches) get("vector").scrollIntoView();
 }
@@ -231,4 +234,6 @@ addEventListener("hashchange", follow);
 dark.addEventListener("change", paint);
 follow();
 paint();
-get("map").on("plotly_click", ({ points: [{ pointNumber }] }) => { location.hash = `v=${ids[pointNumber]}`; });
+get("map").on("plotly_click", ({ points: [{ curveNumber, pointNumber }] }) => {
+  if (curveNumber === 0) location.hash = `v=${ids[pointNumber]}`;
+});

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from dctlib._io import atomic_path
 from dctlib.discovery.found import FoundVectors
@@ -28,6 +27,7 @@ _ABOUT = {
     "vector": "its number among the candidates",
     "found": "1 if the search returned it: held_out exceeds the score of no vector, and elsewhere, by a margin",
     "source": "the method that it comes from; random vectors are the control",
+    "behaviour": "vectors with the same number make the model say much the same; those read on all requests have one",
     "multiple": "its length in units of R",
     "length": "its length in units of the residual stream",
     "damage": "mean KL(steered ‖ unsteered) in nats per token, on answers to harmless requests. Good: below the bound, "
@@ -58,7 +58,7 @@ _ABOUT = {
 }
 
 
-_FIRST = ["found", "source", "says", "excess", "held_out", "damage"]  # columns to the left of the others
+_FIRST = ["found", "behaviour", "source", "says", "excess", "held_out", "damage"]  # columns to the left of the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,8 @@ class Exploration:
         Column ``vector``, a unique number for each, and any others. The page shows, sorts and filters all of them.
     V, U : Tensor, (k, d_source) and (k, d_target)
         Of the table's rows, in its order: the vectors, and what each writes at the target layer.
+    map : Tensor, (k + 1, 2)
+        Where the page draws each vector, and in the last row the unsteered model; NaN where it draws none.
     instructions : sequence of str or of conversations
         The n instructions that were completed. Of a conversation, the last user turn is shown.
     unsteered : sequence of str
@@ -98,6 +100,7 @@ class Exploration:
     table: pd.DataFrame
     V: Float[Tensor, "k d_source"]
     U: Float[Tensor, "k d_target"]
+    map: Float[Tensor, "k+1 2"]
     instructions: Sequence[Instruction]
     unsteered: Sequence[str]
     completions: Mapping[int, Sequence[str]]
@@ -142,6 +145,7 @@ class Exploration:
             table=table.reindex(columns=["vector", *_FIRST, *table.columns.drop(["vector", *_FIRST])]),
             V=found.directions[order],
             U=effects.cpu()[order],
+            map=found.map[[*order, -1]],
             instructions=instructions,
             unsteered=found.unsteered,
             completions=found.completions,
@@ -157,6 +161,8 @@ class Exploration:
         for name, rows in {"V": self.V, "U": self.U}.items():
             if rows.ndim != 2 or len(rows) != k or not rows.isfinite().all():
                 raise ValueError(f"got {name} {tuple(rows.shape)}, expected ({k}, …), finite: index it by table.vector")
+        if self.map.shape != (k + 1, 2):
+            raise ValueError(f"got a map of shape {tuple(self.map.shape)}, expected ({k + 1}, 2)")
         for name, known in {"completions": self.completions, "snippets": self.snippets}.items():
             if unknown := set(known) - set(self.table["vector"]):
                 raise ValueError(f"got {name} of {sorted(unknown)}, expected vectors of the table")
@@ -212,7 +218,7 @@ def _content(run: Exploration) -> dict[str, Any]:
             {"name": name, "about": _ABOUT.get(name), "decimals": _decimals(columns[name])} for name in columns
         ],
         "rows": list(zip(*([_cell(value) for value in values] for values in columns.values()), strict=True)),
-        "map": _map(run.U),
+        "map": _rounded(run.map),
         "similar": similar,
         "instructions": [last_user_turn(instruction) for instruction in run.instructions],
         "unsteered": [truncate(text, run.shown_characters) for text in run.unsteered],
@@ -255,12 +261,3 @@ def _similar(directions: Float[Tensor, "k d"], vectors: Sequence[int], most: int
     cosines = unit @ unit.T
     nearest = cosines.abs().fill_diagonal_(-1).topk(min(most, len(vectors) - 1), dim=1).indices
     return [[(vectors[j], round(cosines[i, j].item(), 3)) for j in row] for i, row in enumerate(nearest.tolist())]
-
-
-def _map(directions: Float[Tensor, "k d"]) -> dict[str, list]:
-    """Return the first two principal components of the directions, and the fraction of variance that each explains."""
-    directions = directions.double().cpu()
-    padded = pad(directions - directions.mean(0), (0, 1, 0, 1))  # so that even one row has two components
-    left, singular_values, _ = torch.linalg.svd(padded, full_matrices=False)
-    explained = singular_values.square() / singular_values.square().sum().clamp(min=1e-30)
-    return {"points": _rounded((left * singular_values)[:-1, :2]), "explained": explained[:2].tolist()}

@@ -19,7 +19,8 @@ from dctlib.evaluation.judges import truncate
 from dctlib.models.chat import Instruction, last_user_turn
 
 _PARTS = [field.name for field in dataclasses.fields(Grades)]
-NUMBERS = ["multiple", "length", "damage", "score", "held_out", "elsewhere", "excess", "change", *_PARTS, "first"]
+_SCORES = ["score", "held_out", "elsewhere", "excess", "change"]
+NUMBERS = ["behaviour", "multiple", "length", "damage", *_SCORES, *_PARTS, "first"]
 COLUMNS = ["source", *NUMBERS[:-1], "request", "says"]
 
 _ELSEWHERE = (
@@ -39,12 +40,14 @@ class FoundVectors:
         R.
     candidates : DataFrame
         All vectors that were read: the found ones, best first, then the others by how far they came. The index is the
-        row of `directions`. Columns: ``found``; ``source``, the method; ``multiple``, its ``length`` in units of R;
-        ``damage``, in nats per token; ``score``, on all validation requests; ``held_out``, on those that no vector was
-        chosen on; ``elsewhere``, on harmless requests, NaN with a judge; ``excess``, ``score`` less ``elsewhere``;
-        ``change``, the score without a judge if the unsteered model withheld every answer; the means of the grades by
-        :class:`dctlib.discovery.criteria.Grades`; ``request`` and ``says``, one held-out request and its completion,
-        cut short; ``first``, the score in the first round. NaN means that a vector did not get that far.
+        row of `directions`. Columns: ``found``; ``source``, the method; ``behaviour``, a number that vectors share
+        under which the model says much the same (:func:`dctlib.discovery.behaviour.group_behaviours`); ``multiple``,
+        its ``length`` in units of R; ``damage``, in nats per token; ``score``, on all validation requests;
+        ``held_out``, on those that no vector was chosen on; ``elsewhere``, on harmless requests, NaN with a judge;
+        ``excess``, ``score`` less ``elsewhere``; ``change``, the score without a judge if the unsteered model withheld
+        every answer; the means of the grades by :class:`dctlib.discovery.criteria.Grades`; ``request`` and ``says``,
+        one held-out request and its completion, cut short; ``first``, the score in the first round. NaN means that a
+        vector did not get that far.
     directions : Tensor, (m, d)
         All candidates, each at the length at which it was read last, float32 on the CPU.
     unsteered : list of str
@@ -53,6 +56,9 @@ class FoundVectors:
         Those under the vectors that were read on all of them, by their row of `directions`.
     judged : bool
         Whether a judge scored the completions.
+    map : Tensor, (m + 1, 2)
+        Points that are near where vectors make the model say alike, by the first completions that were read. The last
+        row is the unsteered model. NaN where a vector was not read.
     """
 
     layer: int
@@ -62,6 +68,7 @@ class FoundVectors:
     unsteered: list[str]
     completions: dict[int, list[str]]
     judged: bool
+    map: Float[Tensor, "m+1 2"]
 
     @property
     def vectors(self) -> Float[Tensor, "k d"]:
@@ -121,16 +128,15 @@ class FoundVectors:
     def explanation(self) -> str:
         """What the result means, in a sentence or two."""
         reached = "none was left to compare" if math.isnan(self.random) else f"the best reaches {self.random:.2f}"
-        if len(self.table) and self.judged:
-            return (
-                f"Under {len(self.table)} vectors the judge finds more completions of held-out requests True than "
-                f"without a vector, within the bound on damage. Of random directions, {reached}."
+        if n := len(self.table):
+            count = f"{n} vectors" if n > 1 else "one vector"
+            effect = (
+                f"Under {count} the judge finds more completions of held-out requests True than without a vector"
+                if self.judged
+                else f"{count.capitalize()} make{'' if n > 1 else 's'} the model answer held-out requests that it "
+                f"withholds an answer to"
             )
-        if len(self.table):
-            return (
-                f"{len(self.table)} vectors make the model answer held-out requests that it withholds an answer to, "
-                f"within the bound on damage. Of random directions, {reached}."
-            )
+            return f"{effect}, within the bound on damage. {self._behaviours()}Of random directions, {reached}."
         if self.judged:
             return (
                 "Nothing found: within the bound on damage, under no vector does the judge find more completions of "
@@ -142,6 +148,12 @@ class FoundVectors:
             "only changes answers, such as a persona, needs a judge to be found; the candidates are ranked by how much "
             f"they change. {_ELSEWHERE}"
         )
+
+    def _behaviours(self) -> str:
+        groups = len(set(self.table["behaviour"].tolist()))
+        if len(self.table) == 1:
+            return ""
+        return "They make it say much the same. " if groups == 1 else f"They form {groups} behaviours. "
 
     def _withheld(self) -> str:
         share = max((each for each in self.candidates["withheld"] if not math.isnan(each)), default=math.nan)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dctlib.discovery.behaviour import group_behaviours, map_behaviours
 from dctlib.discovery.criteria import Criteria
 from dctlib.discovery.damage import measure_damage, unsteered_answers
 from dctlib.discovery.found import (
@@ -41,7 +42,7 @@ _STAGES = {
     "read and compare": 40,
 }
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-SEARCH_VERSION = 3
+SEARCH_VERSION = 4
 """Part of the key of remembered searches: raise it with any change that alters :func:`search_vectors`' results."""
 
 _SURVIVORS = 16  # of the halving
@@ -203,7 +204,16 @@ def search_vectors(
         _truncated(reading.unsteered, settings),
         {row: _truncated(texts, settings) for row, texts in zip(finalists, reading.completions, strict=True)},
         judge is not None,
+        _map_of(halving.rounds[0] if halving.rounds else (finalists, reading), len(vectors)),
     )
+
+
+def _map_of(first_round: tuple[list[int], Reading], m: int) -> Float[Tensor, "m+1 2"]:
+    """Return ``FoundVectors.map`` by the rows that were read in a round."""
+    rows, reading = first_round
+    points = torch.full((m + 1, 2), math.nan)
+    points[[*rows, m]] = map_behaviours([*reading.completions, reading.unsteered])
+    return points
 
 
 def _describe_finalists(
@@ -233,7 +243,9 @@ def _describe_finalists(
         **excerpt_columns(reading, validation, held_out, settings.shown_characters),
     }
     order = reading.order()
-    return pd.DataFrame(columns).loc[order].set_axis([rows[place] for place in order])
+    table = pd.DataFrame(columns).loc[order].set_axis([rows[place] for place in order])
+    table["behaviour"] = group_behaviours([reading.completions[place] for place in order])
+    return table
 
 
 def _truncated(completions: Sequence[str], settings: SearchSettings) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+import math
 import random
 import re
 import shlex
@@ -44,6 +45,7 @@ def exploration(k: int, n: int, *, read: int | None = None, **more):
         "table": table,
         "V": V[order],
         "U": U[order],
+        "map": torch.arange(2.0 * k + 2).view(k + 1, 2),
         "instructions": [f"instruction {i} {HOSTILE[i % len(HOSTILE)]}" for i in range(n)],
         "unsteered": [f"clean {HOSTILE[i % len(HOSTILE)]}" for i in range(n)],
         "completions": {v: [f"vector {v} {HOSTILE[i % len(HOSTILE)]}" for i in range(n)] for v in order[:read]},
@@ -106,7 +108,7 @@ def found_vectors():
         table[name] = "text"
     for name in [each for each in NUMBERS if each != "length"]:
         table[name] = 0.5
-    return FoundVectors(7, 6.5, table, unit_rows(4, 8).float(), ["a"], {2: ["b"]}, judged=False)
+    return FoundVectors(7, 6.5, table, unit_rows(4, 8).float(), ["a"], {2: ["b"]}, False, torch.zeros(5, 2))
 
 
 def of_search(**more):
@@ -134,17 +136,20 @@ def test_every_column_of_a_search_is_explained():
     assert {"vector", "found", "source", *NUMBERS, "says"} <= set(_ABOUT)
 
 
-def test_similar_vectors_and_the_map_of_what_they_write(page):
+def test_similar_vectors_by_what_steers_and_by_what_is_written(page):
     V = torch.tensor([[1.0, 0], [-0.8, 0.6], [0, 1], [0.6, 0.8]])
     data = content(page(exploration(4, 1, V=V, U=V.flip(0))))
     ids = [row[0] for row in data["rows"]]
     assert [(ids.index(vector), cosine) for vector, cosine in data["similar"]["v"][0]] == [(1, -0.8), (3, 0.6), (2, 0)]
     assert data["similar"]["u"][3][0] == [ids[2], -0.8]
     assert data["rows"][0][-2:] == [ids[1], -0.8]
-    points = torch.tensor(data["map"]["points"])
-    written = V.flip(0)
-    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(written, written), atol=1e-4, rtol=0)
-    assert sum(data["map"]["explained"]) == pytest.approx(1)
+
+
+def test_the_map_has_a_point_for_each_vector_that_was_read_and_for_the_unsteered_model(page):
+    drawn = torch.tensor([[1.0, 2], [math.nan, math.nan], [3, 4]])
+    assert content(page(exploration(2, 1, map=drawn)))["map"] == [[1, 2], [None, None], [3, 4]]
+    with pytest.raises(ValueError, match=r"map of shape \(2, 2\), expected \(3, 2\)"):
+        exploration(2, 1, map=drawn[:2])
 
 
 def test_one_vector_that_was_not_read(page):
@@ -152,7 +157,7 @@ def test_one_vector_that_was_not_read(page):
     assert data["similar"] == {"v": [[]], "u": [[]]}
     assert data["rows"][0][-2:] == [None, None]
     assert (data["steered"], data["hide"]) == ({}, False)
-    assert data["map"]["points"] == [[0, 0]]
+    assert data["map"] == [[0, 1], [2, 3]]
 
 
 def test_the_policy_names_every_script_and_allows_no_other(page):
