@@ -71,7 +71,7 @@ def test_it_shows_the_run_and_opens_its_first_vector(page, run):
     assert page.locator("#name").text_content() == f"Vector {run.table['vector'].iloc[0]}"
     assert page.locator("#vectors tbody tr").count() == 15
     assert page.locator("#vectors tbody tr.chosen a").inner_text() == str(run.table["vector"].iloc[0])
-    assert page.locator("#map .point").count() == K + 1
+    assert page.locator("#map .point").count() == K + 2  # with the ring around the open one and the unsteered model
 
 
 def test_it_sorts_by_key_and_by_click_the_interesting_end_first(page):

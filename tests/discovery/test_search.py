@@ -183,8 +183,8 @@ def test_without_a_judge_the_criteria_decide(model, tokenizer, planted, monkeypa
         if above_nothing:
             assert row["excess"] == pytest.approx(row["score"] - row["elsewhere"])
     assert found.table["excess"].is_monotonic_decreasing
-    assert len(found.table)
-    assert f"{len(found.table)} vectors make the model answer held-out requests" in found.explanation
+    assert len(found.table) == 1
+    assert "One vector makes the model answer held-out requests" in found.explanation
 
 
 def test_where_nothing_is_withheld_nothing_is_found_and_candidates_rank_what_changes(
