@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dctlib._io import ROOT, explain_invalid
 from dctlib.discovery.options import DiscoverOptions
-from dctlib.paper.comparisons import METHODS
 
 
 def _integer(least: int, most: int | None = None) -> Any:
@@ -44,6 +43,9 @@ TEST = 100
 
 POOL = 388
 """Prompts of AdvBench that are neither for validation nor for tests."""
+
+FITTED = ("exponential", "exponential_axes", "quadratic", "linear_projected", "linear")
+"""The names of :data:`dctlib.paper.comparisons.METHODS`, which imports torch; the command line starts without it."""
 
 PROMPTS = Annotated[str, Field(pattern=r"^([1-9]|[12]\d|3[0-2])$")]
 """A number of fit prompts as a key, of which JSON has only texts: 1 to 32."""
@@ -79,7 +81,7 @@ RULES: dict[str, Any] = {
     "real_baselines.validation": _integer(4, FIT),
     "real_baselines.test": _integer(4, TEST),
     "real_baselines.benign": _integer(2),
-    "sample_complexity.arms": Annotated[dict[Literal[*METHODS], dict[PROMPTS, _integer(2)]], Field(min_length=1)],
+    "sample_complexity.arms": Annotated[dict[Literal[FITTED], dict[PROMPTS, _integer(2)]], Field(min_length=1)],
     "sample_complexity.judged": _integer(4, TEST),  # an answer is compared with those to three other requests
     "auditing.sizes": _several(COUNT),
     "hidden_sums.sizes": _several(_integer(1, FIT)),

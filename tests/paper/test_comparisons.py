@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from dctlib.paper.claims import published_numbers
-from dctlib.paper.comparisons import paired_differences, published_differences, published_winners
+from dctlib.paper.comparisons import METHODS, paired_differences, published_differences, published_winners
+from dctlib.paper.params import FITTED
+
+
+def test_parameters_name_the_same_methods():
+    assert tuple(METHODS) == FITTED
 
 
 def test_a_difference_averages_over_the_numbers_of_prompts_that_both_methods_have():
