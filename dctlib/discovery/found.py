@@ -128,7 +128,7 @@ class FoundVectors:
     def explanation(self) -> str:
         """What the result means, in a sentence or two."""
         reached = "none was left to compare" if math.isnan(self.random) else f"the best reaches {self.random:.2f}"
-        if n := len(self.table):
+        if n := len(self.rows):
             count = f"{n} vectors" if n > 1 else "one vector"
             effect = (
                 f"Under {count} the judge finds more completions of held-out requests True than without a vector"
@@ -150,9 +150,9 @@ class FoundVectors:
         )
 
     def _behaviours(self) -> str:
-        groups = len(set(self.table["behaviour"].tolist()))
-        if len(self.table) == 1:
+        if len(self.rows) == 1:
             return ""
+        groups = self.candidates.loc[self.rows, "behaviour"].nunique()
         return "They make it say much the same. " if groups == 1 else f"They form {groups} behaviours. "
 
     def _withheld(self) -> str:
