@@ -42,7 +42,7 @@ _STAGES = {
     "read and compare": 40,
 }
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-SEARCH_VERSION = 4
+SEARCH_VERSION = 5
 """Part of the key of remembered searches: raise it with any change that alters :func:`search_vectors`' results."""
 
 _SURVIVORS = 16  # of the halving
@@ -204,15 +204,17 @@ def search_vectors(
         _truncated(reading.unsteered, settings),
         {row: _truncated(texts, settings) for row, texts in zip(finalists, reading.completions, strict=True)},
         judge is not None,
-        _map_of(halving.rounds[0] if halving.rounds else (finalists, reading), len(vectors)),
+        _map_of(ranking, *halving.rounds[0], len(vectors))
+        if halving.rounds
+        else _map_of(validation, finalists, reading, len(vectors)),
     )
 
 
-def _map_of(first_round: tuple[list[int], Reading], m: int) -> Float[Tensor, "m+1 2"]:
-    """Return ``FoundVectors.map`` by the rows that were read in a round."""
-    rows, reading = first_round
+def _map_of(requests: Sequence[Instruction], rows: Sequence[int], reading: Reading, m: int) -> Float[Tensor, "m+1 2"]:
+    """Return ``FoundVectors.map`` by a reading of some rows on the first of `requests`."""
     points = torch.full((m + 1, 2), math.nan)
-    points[[*rows, m]] = map_behaviours([*reading.completions, reading.unsteered])
+    asked = requests[: len(reading.unsteered)]
+    points[[*rows, m]] = map_behaviours(asked, [*reading.completions, reading.unsteered])
     return points
 
 
@@ -244,7 +246,7 @@ def _describe_finalists(
     }
     order = reading.order()
     table = pd.DataFrame(columns).loc[order].set_axis([rows[place] for place in order])
-    table["behaviour"] = group_behaviours([reading.completions[place] for place in order])
+    table["behaviour"] = group_behaviours(validation, [reading.completions[place] for place in order])
     return table
 
 

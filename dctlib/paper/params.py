@@ -81,6 +81,8 @@ RULES: dict[str, Any] = {
     "real_baselines.validation": _integer(4, FIT),
     "real_baselines.test": _integer(4, TEST),
     "real_baselines.benign": _integer(2),
+    "search_steps.validation": _integer(4, FIT),
+    "search_steps.test": _integer(8, TEST),  # each half is judged by itself
     "sample_complexity.arms": Annotated[dict[Literal[FITTED], dict[PROMPTS, _integer(2)]], Field(min_length=1)],
     "sample_complexity.judged": _integer(4, TEST),  # an answer is compared with those to three other requests
     "auditing.sizes": _several(COUNT),
@@ -100,6 +102,7 @@ RULES: dict[str, Any] = {
     "dtype": Literal["native", "float32", "bfloat16"],
     "organisms.kinds": list[Literal["refusal"]],  # none where the profile's models already hide something
     "questions": Literal["sums", "math"],
+    "behaviours": _several(Literal["refusal", "sums"]),
     "supervised_lengths": _several(POSITIVE, 0),
     "others": create_model(
         "Others",

@@ -85,6 +85,27 @@ def faults(found: Mapping[str, Mapping[str, Interval]]) -> Figure:
 
 
 @styled
+def search_steps(groups: Mapping[str, tuple[Mapping[str, Interval], Mapping[str, Sequence[float]]]]) -> Figure:
+    """Draw how often the vector of each way to choose succeeds: a panel for each group of models.
+
+    Parameters
+    ----------
+    groups : mapping
+        Title of a panel → the rate of each way with its interval, and the rates on each model, drawn as small dots.
+    """
+    ways = next(iter(groups.values()))[0]
+    figure, axes_of = panels([1] * len(groups), height=0.3 * len(ways) + 0.8)
+    colours = dict.fromkeys(ways, COLOURS["DCT"]) | dict.fromkeys(("unsteered", "any", "oracle"), (0.45,) * 3)
+    colours["random"] = COLOURS["random"]
+    for axes, (title, (success, each)) in zip(axes_of, groups.items(), strict=True):
+        rates(axes, success, colours, each=each)
+        axes.set(xlabel="test requests that succeed", title=title)
+    for axes in axes_of[1:]:
+        axes.tick_params(axis="y", labelleft=False)
+    return figure
+
+
+@styled
 def replicates(sides: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Draw a dot for each organism and a bar at their mean. There is no interval, because organisms are few.
 

@@ -18,7 +18,7 @@ from dctlib.paper.plots.curves import (
     training_curves,
 )
 from dctlib.paper.plots.damage import success_and_damage
-from dctlib.paper.plots.intervals import faults, replicates, stability
+from dctlib.paper.plots.intervals import faults, replicates, search_steps, stability
 from dctlib.paper.plots.style import COLOURS, method_colours, save_figure
 from dctlib.paper.plots.vectors import (
     ablation,
@@ -107,6 +107,15 @@ FIGURES = {
             "backdoor-1": {"behind the trigger": 0.9, "behind the decoy": 0.2, "plain": 0.0},
             "clean-0": {"behind the trigger": 0.0, "behind the decoy": 0.0, "plain": 0.0},
         },
+    ),
+    "search_steps": lambda: search_steps(
+        dict.fromkeys(
+            ("refusing", "adding"),
+            (
+                {"strongest factor": Interval(0.2, 0.0, 0.4), "random": Interval(0.0, 0.0, 0.0)},
+                {"strongest factor": [0.1, 0.3], "random": [0.0, 0.0]},
+            ),
+        )
     ),
     "replicates": lambda: replicates({"added": {"best": [3.0, 5.0], "mean": [1.0, 2.0]}, "ablated": {"v": [0.0, 1.0]}}),
     "stability": lambda: stability(
