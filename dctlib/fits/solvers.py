@@ -3,7 +3,6 @@
 Factors are rows, so U and V are the post's matrices transposed. Each loop below is one algorithm, with one step a line.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -287,8 +286,12 @@ def _check_options(
         raise ValueError(f"got orthogonalise={orthogonalise!r}, expected one of {sorted(_ORTHOGONALISE)}")
     if iterations < 1 or not tolerance >= 0:
         raise ValueError(f"got iterations={iterations}, tolerance={tolerance}, expected at least 1, at least 0")
-    most = cmap.d_source if orthogonalise == "qr" else sys.maxsize
-    _check_width(num_factors, most, "orthonormal rows of V bound the fit; orthogonalise='soft' allows more")
+    if orthogonalise == "qr":
+        _check_width(
+            num_factors, cmap.d_source, "orthonormal rows of V bound the fit; orthogonalise='soft' allows more"
+        )
+    elif num_factors < 1:
+        raise ValueError(f"got num_factors={num_factors}, expected at least 1")
 
 
 def _check_width(num_factors: int, most: int, why: str) -> None:

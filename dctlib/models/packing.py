@@ -82,7 +82,7 @@ def pack_prompts(
     """
     groups: list[list[list[int]]] = []
     trie: _Trie = {}
-    most_tokens = min([most_tokens, *_reaches(unwrap(model).config.get_text_config().to_dict())])
+    most_tokens = min([most_tokens, *reaches(unwrap(model))])
     for row in rows:
         prompt = row[0].tolist()
         shared = _shared_length(trie, prompt)
@@ -158,12 +158,13 @@ def _ordinary_tokens(model: PreTrainedModel, *counts: int) -> Iterator[list[int]
         yield [spread.pop() for _ in range(count)]
 
 
-def _reaches(config: dict[str, Any]) -> list[int]:
-    """Return the largest number of tokens in a tree by each setting that bounds it."""
-    reaches = [value for name, value in _settings(config) if name.endswith(_REACHES) and value > 1]
+def reaches(model: PreTrainedModel) -> list[int]:
+    """Return for each setting that bounds how far a token sees the number of tokens up to which it sees all."""
+    config = model.config.get_text_config().to_dict()
+    bounds = [value for name, value in _settings(config) if name.endswith(_REACHES) and value > 1]
     if any(value == "dynamic" for _, value in _settings(config.get("rope_parameters") or {}, str)):
-        reaches.append(config["max_position_embeddings"])
-    return reaches
+        bounds.append(config["max_position_embeddings"])
+    return bounds
 
 
 def _settings(config: dict[str, Any], kind: type = int) -> Iterator[tuple[str, Any]]:

@@ -74,7 +74,6 @@ def published_differences() -> dict[str, Interval]:
     scores = {
         method: {n: np.array(cell["score"])[:, None] for n, cell in by_n.items()}
         for method, by_n in published_scores().items()
-        if method in METHODS
     }
     return paired_differences(scores)
 

@@ -1,7 +1,8 @@
 """Completions of many prompts: greedy, steered, or sampled at a temperature."""
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,9 +22,12 @@ from transformers import (
 
 from dctlib.models.blocks import evaluation_mode, residual_width, tolerance, unwrap
 from dctlib.models.chat import pad_id, tokenize_each
+from dctlib.models.packing import reaches
 from dctlib.models.trace import once_per_model, probe_tokens
 from dctlib.steering.hooks import as_rows, steer
 from dctlib.steering.passes import unhooked
+
+_SHARED = 8  # least tokens of a shared beginning that are worth a pass of their own
 
 
 def generate_completions(
@@ -83,29 +88,75 @@ def generate_completions(
     adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     if adds_tokens or not batches_exactly(unwrap(model)):
         batch_size = 1
+    shared = 0 if adds_tokens else _shared_beginning(model, tokenized, max_new_tokens)
+
+    def steered(rows: Tensor | slice) -> AbstractContextManager[None]:
+        if vectors is None or layer is None:
+            return nullcontext()
+        return steer(model, layer=layer, vector=vectors if len(vectors) == 1 else vectors[rows])
+
     completions = []
     with tqdm(total=len(texts), desc=description, disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             rows = slice(first, first + batch_size)
-            if vectors is None or layer is None:
-                steered = nullcontext()
-            else:
-                steered = steer(model, layer=layer, vector=vectors if len(vectors) == 1 else vectors[rows])
-            with steered, _greedy(model, tokenizer.eos_token_id, pad) as config:
+            prompts = tokenized[rows]
+            with _greedy(model, tokenizer.eos_token_id, pad) as config:
+                beginning = None
+                kinds, kind_of = _distinct(vectors, rows, len(prompts))
+                if shared and len(kinds) < len(prompts):
+                    with steered(kinds):
+                        beginning = _begin(model, prompts[0][:shared], len(kinds), config)
+                    beginning.batch_select_indices(kind_of)
                 config.max_new_tokens = max_new_tokens
-                answers = _generate(model, tokenized[rows], config, processor)
+                with steered(rows):
+                    answers = _generate(model, prompts, config, processor, beginning)
             completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
             bar.update(len(answers))
     return completions
 
 
+def _distinct(vectors: Float[Tensor, "n d"] | None, rows: slice, count: int) -> tuple[Tensor, Tensor]:
+    """Return the index of one row for each different vector of a batch, and the number of each row's vector."""
+    if vectors is None or len(vectors) == 1:
+        return torch.zeros(1, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    different, kind_of = vectors[rows].unique(dim=0, return_inverse=True)
+    kind_of = kind_of.cpu()
+    place = torch.arange(count - 1, -1, -1)
+    first = torch.empty(len(different), dtype=torch.long).scatter_(0, kind_of.flip(0), place)
+    return rows.start + first, kind_of
+
+
+def _begin(model: Any, tokens: Int[Tensor, " t"], count: int, config: GenerationConfig) -> Cache:
+    """Return the cache of a beginning that prompts share, in `count` equal rows."""
+    config.max_new_tokens, config.return_dict_in_generate = 1, True
+    try:
+        return _generate(model, [tokens] * count, config).past_key_values
+    finally:
+        config.return_dict_in_generate = False
+
+
 def _generate(
-    model: Any, prompts: list[Int[Tensor, " t"]], config: GenerationConfig, processor: LogitsProcessor | None = None
+    model: Any,
+    prompts: list[Int[Tensor, " t"]],
+    config: GenerationConfig,
+    processor: LogitsProcessor | None = None,
+    beginning: Cache | None = None,
 ) -> Any:
-    """Return the new tokens after left-padded prompts, or the output object of ``generate`` if it returns one."""
+    """Return the new tokens after prompts, or the output object of ``generate`` if it returns one.
+
+    Prompts are padded on the left or, if their `beginning` was run before, behind it.
+    """
     plain = unwrap(model)
-    tokens = pad_sequence(prompts, batch_first=True, padding_value=config.pad_token_id, padding_side="left")
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    shared = 0 if beginning is None else beginning.get_seq_length()
+    left: Any = {"batch_first": True, "padding_side": "left"}
+    rests = [prompt[shared:] for prompt in prompts]
+    tokens = pad_sequence(rests, padding_value=config.pad_token_id, **left)
+    mask = pad_sequence([torch.ones_like(rest) for rest in rests], **left)
+    past = {}
+    if beginning is not None:
+        start = prompts[0][:shared].expand(len(prompts), -1)
+        tokens, mask = torch.cat([start, tokens], 1), torch.cat([torch.ones_like(start), mask], 1)
+        past = {"past_key_values": beginning}
     head = plain.get_output_embeddings()
     contiguous = nullcontext() if head is None else head.register_forward_pre_hook(_make_contiguous)
     with contiguous:
@@ -114,6 +165,7 @@ def _generate(
             attention_mask=mask.to(plain.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Number(), *([processor] if processor else [])]),
+            **past,
         )
     return output[:, tokens.shape[1] :] if isinstance(output, Tensor) else output
 
@@ -166,6 +218,42 @@ def batches_exactly(model: PreTrainedModel) -> bool:
         try:
             together = torch.stack(_generate(model, [long, short], config).logits)[:, 1]
         except ValueError:  # not a number behind padding, as under eager attention in float64
+            return False
+    return bool((together - alone).norm() <= tolerance(model.dtype) * alone.norm())
+
+
+def _shared_beginning(model: Any, prompts: Sequence[Int[Tensor, " t"]], max_new_tokens: int) -> int:
+    """Return the number of first tokens that prompts share and that run once for all of them; 0 for none.
+
+    The caller's hooks see every token of every prompt, so nothing is shared while there are any. Padding behind the
+    beginning moves it further away, so every window of the model's attention must hold all tokens.
+    """
+    plain = unwrap(model)
+    shortest, longest = (choose(prompts, key=len) for choose in (min, max))
+    stacked = torch.stack([prompt[: len(shortest) - 1] for prompt in prompts])
+    differs = (stacked != stacked[0]).any(0).nonzero()
+    shared = int(differs[0]) if len(differs) else stacked.shape[1]
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in plain.modules())
+    within = len(longest) + max_new_tokens <= min(reaches(plain), default=math.inf)
+    return shared if shared >= _SHARED and within and not hooked and resumes_exactly(plain) else 0
+
+
+@once_per_model
+def resumes_exactly(model: PreTrainedModel) -> bool:
+    """Return whether a text gets the same logits if its beginning was run before, with padding behind it, as alone."""
+    long = probe_tokens(model)[0].cpu()
+    beginning, short = long[:-3], torch.cat([long[:-3], long[-1:]])
+    with unhooked(model), _greedy(model, None, 0) as config:
+        config.eos_token_id = None
+        try:
+            past = _begin(model, beginning, 1, config)
+            past.batch_select_indices(torch.zeros(2, dtype=torch.long))
+            config.max_new_tokens, config.output_logits, config.return_dict_in_generate = 2, True, True
+            alone = torch.cat(_generate(model, [short], config).logits)
+            together = torch.stack(_generate(model, [long, short], config, beginning=past).logits)[:, 1]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a family's cache raises
             return False
     return bool((together - alone).norm() <= tolerance(model.dtype) * alone.norm())
 

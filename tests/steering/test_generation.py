@@ -11,10 +11,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LogitsProcessor
 
 from dctlib import ablate, steer
+from dctlib.steering import generation
 from dctlib.steering.generation import (
     batches_exactly,
     generate_completions,
     generate_per_vector,
+    resumes_exactly,
     sample_completions,
 )
 
@@ -212,6 +214,85 @@ def test_arrays_are_vectors_and_dropout_is_off(llama, tokenizer):
     assert generate_per_vector(dropping, tokenizer, texts, vectors.tolist(), **options) == each
     assert dropping.training
     assert not dropping.lm_head.training
+
+
+BEGINNING = " ".join(f"w{i}" for i in range(9))
+SHARING = [f"{BEGINNING} w20", f"{BEGINNING} w21 w22 w23", f"{BEGINNING} w24 w25"]
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The number of rows of each beginning that ran by itself."""
+    rows, begin = [], generation._begin
+
+    def spy(model, tokens, count, config):
+        rows.append(count)
+        return begin(model, tokens, count, config)
+
+    monkeypatch.setattr(generation, "_begin", spy)
+    return rows
+
+
+def test_a_beginning_that_texts_share_runs_once_for_each_vector(llama, tokenizer, begun):
+    assert resumes_exactly(llama)
+    begun.clear()
+    vectors = 8 * unit_rows(2, 32)
+    options: dict[str, Any] = {"max_new_tokens": 5, "progress": False}
+    clean = generate_completions(llama, tokenizer, SHARING, **options)
+    each = generate_per_vector(llama, tokenizer, SHARING, vectors, layer=1, **options)
+    mixed = vectors[[1, 0, 1]]
+    assert begun == [1, 2]
+    together = generate_completions(llama, tokenizer, SHARING, vector=mixed, layer=1, **options)
+    assert begun == [1, 2, 2]
+    one_by_one: dict[str, Any] = {**options, "batch_size": 1}
+    assert clean == generate_completions(llama, tokenizer, SHARING, **one_by_one)
+    for vector, found in zip(vectors, each, strict=True):
+        assert found == generate_completions(llama, tokenizer, SHARING, vector=vector, layer=1, **one_by_one)
+    assert together == [each[1][0], each[0][1], each[1][2]] and together != clean
+    assert begun == [1, 2, 2], "a text alone shares nothing"
+
+
+def test_nothing_is_shared_by_few_tokens_or_inside_hooks(llama, tokenizer, begun):
+    options: dict[str, Any] = {"max_new_tokens": 3, "progress": False}
+    vectors = 8 * unit_rows(3, 32)
+    resumes_exactly(llama)
+    begun.clear()
+    generate_completions(llama, tokenizer, ["w0 w1 w2 w3", "w0 w1 w2 w4"], **options)
+    generate_completions(llama, tokenizer, SHARING, layer=1, vector=vectors, **options)
+    with steer(llama, layer=1, vector=vectors, positions="prompt"):
+        generate_completions(llama, tokenizer, SHARING, **options)
+    seen: list[int] = []
+    handle = llama.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    try:
+        generate_completions(llama, tokenizer, SHARING, **options)
+    finally:
+        handle.remove()
+    assert not begun and seen[0] == 12
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "gpt2", "bloom", "mpt", "opt", "falcon", "gpt_neo", "gptj", "mistral", "gemma2", "gemma3_text"),
+        *("phi3", "cohere2", "deepseek_v3", "qwen2_moe", "qwen3_next", "mamba", "rwkv", "recurrent_gemma", "stablelm"),
+    ],
+)
+@pytest.mark.parametrize("max_new_tokens", [3, 12])
+def test_every_family_says_the_same_as_one_by_one(tokenizer, family, max_new_tokens):
+    """Whether it shares or not: windows are 16 tokens, so twelve new ones reach beyond them."""
+    model = family_model(family).double()
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": False}
+    together = generate_completions(model, tokenizer, SHARING, **options)
+    assert together == generate_completions(model, tokenizer, SHARING, **options, batch_size=1)
+
+
+def test_sharing_changes_no_completion_and_leaves_no_hook(llama, tokenizer, begun, monkeypatch):
+    options: dict[str, Any] = {"max_new_tokens": 4, "progress": False}
+    shared = generate_completions(llama, tokenizer, SHARING, **options)
+    monkeypatch.setattr(generation, "_SHARED", 99)
+    begun.clear()
+    assert generate_completions(llama, tokenizer, SHARING, **options) == shared and not begun
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in llama.modules())
 
 
 def test_texts_run_one_by_one_where_padding_would_change_them(tokenizer):
