@@ -1,4 +1,4 @@
-"""Completions of many prompts: greedy, steered, or sampled at a temperature."""
+"""Greedy completions of many prompts, steered or not."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -90,40 +90,38 @@ def generate_completions(
         batch_size = 1
     shared = 0 if adds_tokens else _shared_beginning(model, tokenized, max_new_tokens)
 
-    def steered(rows: Tensor | slice) -> AbstractContextManager[None]:
-        if vectors is None or layer is None:
-            return nullcontext()
-        return steer(model, layer=layer, vector=vectors if len(vectors) == 1 else vectors[rows])
+    def steered(rows: Float[Tensor, "k d"] | None) -> AbstractContextManager[None]:
+        return nullcontext() if rows is None or layer is None else steer(model, layer=layer, vector=rows)
 
     completions = []
     with tqdm(total=len(texts), desc=description, disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             rows = slice(first, first + batch_size)
             prompts = tokenized[rows]
+            of_rows = vectors if vectors is None or len(vectors) == 1 else vectors[rows]
+            different, kinds = _distinct(of_rows, len(prompts))
+            count = 1 if different is None else len(different)
             with _greedy(model, tokenizer.eos_token_id, pad) as config:
                 beginning = None
-                kinds, kind_of = _distinct(vectors, rows, len(prompts))
-                if shared and len(kinds) < len(prompts):
-                    with steered(kinds):
-                        beginning = _begin(model, prompts[0][:shared], len(kinds), config)
-                    beginning.batch_select_indices(kind_of)
+                if shared and count < len(prompts):
+                    with steered(different):
+                        beginning = _begin(model, prompts[0][:shared], count, config)
+                    beginning.batch_select_indices(kinds)
                 config.max_new_tokens = max_new_tokens
-                with steered(rows):
+                with steered(of_rows):
                     answers = _generate(model, prompts, config, processor, beginning)
             completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
             bar.update(len(answers))
     return completions
 
 
-def _distinct(vectors: Float[Tensor, "n d"] | None, rows: slice, count: int) -> tuple[Tensor, Tensor]:
-    """Return the index of one row for each different vector of a batch, and the number of each row's vector."""
+def _distinct(
+    vectors: Float[Tensor, "n d"] | None, count: int
+) -> tuple[Float[Tensor, "k d"] | None, Int[Tensor, " count"]]:
+    """Return the different ones of a batch's vectors, and the number of each row's; None and one are for all rows."""
     if vectors is None or len(vectors) == 1:
-        return torch.zeros(1, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-    different, kind_of = vectors[rows].unique(dim=0, return_inverse=True)
-    kind_of = kind_of.cpu()
-    place = torch.arange(count - 1, -1, -1)
-    first = torch.empty(len(different), dtype=torch.long).scatter_(0, kind_of.flip(0), place)
-    return rows.start + first, kind_of
+        return vectors, torch.zeros(count, dtype=torch.long)
+    return vectors.unique(dim=0, return_inverse=True)
 
 
 def _begin(model: Any, tokens: Int[Tensor, " t"], count: int, config: GenerationConfig) -> Cache:
@@ -296,61 +294,9 @@ def generate_per_vector(
         vector=vectors.repeat_interleave(len(texts), 0),
         progress=progress,
     )
-    return _in_lists(completions, len(texts))
+    return in_lists(completions, len(texts))
 
 
-class _GumbelNoise(LogitsProcessor):
-    """Logits over T plus Gumbel noise, whose largest is a sample of softmax(logits / T)."""
-
-    def __init__(self, temperature: float, seed: int):
-        self._temperature = temperature
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: Int[Tensor, "batch t"], scores: Float[Tensor, "batch v"]) -> Float[Tensor, "batch v"]:
-        exponential = torch.empty(scores.shape).exponential_(generator=self._generator).to(scores.device)
-        return scores.float() / self._temperature - exponential.log()
-
-
-def sample_completions(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    count: int,
-    temperature: float = 1.0,
-    max_new_tokens: int,
-    seed: int = 0,
-    progress: bool = True,
-) -> list[list[str]]:
-    """Return `count` sampled completions of every text: `count` lists, each in the order of `texts`.
-
-    Parameters
-    ----------
-    temperature : float
-        1 for the model's own distribution.
-    seed : int
-        On one machine, the same seed gives the same completions.
-
-    Raises
-    ------
-    ValueError
-        If there is no text, or the count or temperature is not above 0.
-    """
-    if isinstance(texts, str) or not texts or count < 1 or not temperature > 0:
-        raise ValueError(
-            f"got {len(texts)} texts, count={count}, temperature={temperature}, expected a list and both above 0"
-        )
-    completions = generate_completions(
-        model,
-        tokenizer,
-        [*texts] * count,
-        max_new_tokens=max_new_tokens,
-        processor=_GumbelNoise(temperature, seed),
-        description="sampling",
-        progress=progress,
-    )
-    return _in_lists(completions, len(texts))
-
-
-def _in_lists(completions: list[str], n: int) -> list[list[str]]:
+def in_lists(completions: list[str], n: int) -> list[list[str]]:
+    """Return lists of n each."""
     return [completions[first : first + n] for first in range(0, len(completions), n)]

@@ -27,7 +27,8 @@ from dctlib.paper.organisms.secrets import Secret
 from dctlib.paper.organisms.training import check_organism
 from dctlib.runs.cache import task
 from dctlib.steering.effects import effects
-from dctlib.steering.generation import generate_completions, generate_per_vector, sample_completions
+from dctlib.steering.generation import generate_completions, generate_per_vector
+from dctlib.steering.sampling import sample_completions
 
 _RANKINGS = ("fluent", "divergence")
 _MAX_PERPLEXITY = 20.0  # highest perplexity of a fluent completion

@@ -29,8 +29,9 @@ from dctlib.paper.experiments.methods import (
     unsupervised_searches,
 )
 from dctlib.runs.cache import task
-from dctlib.steering.generation import generate_completions, generate_per_vector, sample_completions
+from dctlib.steering.generation import generate_completions, generate_per_vector
 from dctlib.steering.hooks import ablate, steer
+from dctlib.steering.sampling import sample_completions
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
 
