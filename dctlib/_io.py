@@ -41,9 +41,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         partial = Path(scratch) / path.name
         yield partial
-        if path.is_dir() and not path.is_symlink():
-            path.rename(Path(scratch) / "replaced")  # and goes with the scratch folder: removing it here takes time
-        partial.replace(path)
+        replaced = Path(scratch) / "replaced"
+        try:
+            if path.is_dir() and not path.is_symlink():
+                path.rename(replaced)  # and goes with the scratch folder: removing it here takes time
+            partial.replace(path)
+        except BaseException:
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            raise
 
 
 def write_json(path: str | Path, value: Any) -> None:

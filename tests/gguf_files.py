@@ -11,11 +11,18 @@ _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 
 
 def write_gguf(
-    path: Path, model: Any, architecture: str, *, changes: dict[str, Any] | None = None, **extra: Any
+    path: Path,
+    model: Any,
+    architecture: str,
+    *,
+    changes: dict[str, Any] | None = None,
+    split: str | None = "gpt-2",
+    **extra: Any,
 ) -> None:
     """Write a model in float32 with a byte-level tokenizer.
 
-    `changes` replaces settings, by their names without the architecture. `extra` are further tensors.
+    `changes` replaces settings, by their names without the architecture. `split` is how the tokenizer splits text.
+    `extra` are further tensors.
     """
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     settings = {
@@ -35,7 +42,7 @@ def write_gguf(
     for name, value in {**settings, **(changes or {})}.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(name if name.startswith("split.") else f"{architecture}.{name}", value)
-    _add_tokenizer(writer, config.vocab_size)
+    _add_tokenizer(writer, config.vocab_size, split)
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
@@ -63,8 +70,10 @@ def _converted(name: str, weight: torch.Tensor, config: Any, architecture: str) 
     return weight.contiguous().numpy()
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int, split: str | None) -> None:
     writer.add_tokenizer_model("gpt2")
+    if split is not None:
+        writer.add_tokenizer_pre(split)
     letters = [chr(0x100 + i) for i in range(vocabulary - 1)]
     writer.add_token_list([*letters, letters[0] + letters[1]])
     writer.add_token_types([1] * vocabulary)

@@ -28,6 +28,15 @@ def test_folders_are_replaced_whole(tmp_path):
     assert [child.name for child in (tmp_path / "model").iterdir()] == ["new"]
 
 
+def test_a_folder_that_nothing_replaces_stays(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "model"):
+        pass
+    assert [child.name for child in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
 def test_a_replaced_folder_is_moved_away_whole(tmp_path, monkeypatch):
     """Removing it in place would leave, after a kill, a part of it under its name."""
     seen = []
@@ -46,8 +55,8 @@ def test_a_replaced_folder_is_moved_away_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_kill_half_way_leaves_what_was_there(tmp_path, before):
     code = (
-        "import sys, time; from pathlib import Path; from dctlib._io import whole\n"
-        "with whole(Path(sys.argv[1])) as partial:\n"
+        "import sys, time; from pathlib import Path; from dctlib._io import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); print('writing', flush=True); time.sleep(60)"
     )
     path = tmp_path / "result.json"
@@ -55,7 +64,7 @@ def test_a_kill_half_way_leaves_what_was_there(tmp_path, before):
         path.write_text(before)
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        assert process.stdout.readline() == b"writing\n"
         process.send_signal(signal.SIGKILL)
     assert path.exists() == bool(before)
     if before:

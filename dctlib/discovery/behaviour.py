@@ -13,7 +13,9 @@ from torch.nn.functional import normalize, pad
 from dctlib.models.chat import Instruction, last_user_turn
 
 _SAME = 0.5  # mean similarity within a group
-_WORD = r"\w+|[^\w\s]+"  # a word, or a run of punctuation, because lists and code are behaviours
+_NO_SPACES = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"  # Thai, Japanese and Chinese, where each character counts
+# A word, or a run of punctuation, because lists and code are behaviours.
+_WORD = rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+|[^\w\s]+"
 
 
 def word_features(requests: Sequence[Instruction], completions: Sequence[Sequence[str]]) -> Float[Tensor, "k f"]:
@@ -34,8 +36,9 @@ def word_features(requests: Sequence[Instruction], completions: Sequence[Sequenc
     said: Any = counter.fit_transform(texts)
     asked: Any = counter.transform([last_user_turn(request) for request in requests])
     words = torch.from_numpy(said.toarray()).view(len(completions), len(requests), -1)
-    new = words * (1 - torch.from_numpy(asked.toarray()))
-    return normalize(new.float().mean(1), dim=1)
+    shares = (words * (1 - torch.from_numpy(asked.toarray()))).float().mean(1)
+    nothing_new = (shares == 0).all(1, keepdim=True)
+    return normalize(torch.cat([shares, nothing_new], 1), dim=1)
 
 
 def group_behaviours(requests: Sequence[Instruction], completions: Sequence[Sequence[str]]) -> list[int]:

@@ -83,7 +83,7 @@ def _check_steer(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _check_logits(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -> str:
-    compute_logits(model, _residuals(model)[-1], torch.arange(2, device=model.device))
+    compute_logits(model, _residuals(model)[-1].to(model.device), torch.arange(2, device=model.device))
     return "computed from the last block's output, equal to the model's own"
 
 
@@ -103,6 +103,9 @@ def _check_export(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -
 
 
 def _residuals(model: PreTrainedModel) -> list[Tensor]:
-    """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens; they include what :func:`dctlib.steer` adds."""
+    """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens; they include what :func:`dctlib.steer` adds.
+
+    They are on the CPU, because the blocks of a model may lie on several devices.
+    """
     trace = trace_model(model)
-    return [*trace.inputs, output_residual(trace.blocks[-1].output)]
+    return [each.cpu() for each in (*trace.inputs, output_residual(trace.blocks[-1].output))]

@@ -107,7 +107,8 @@ def read_instructions(prompts: str | Path | Sequence[Instruction], *, column: st
     if prompts == "benign":
         return benign_split().train
     try:
-        return read_prompt_file(ROOT / prompts, column=column)  # an absolute path stays what it is
+        here = Path(prompts).expanduser()
+        return read_prompt_file(here if here.exists() else ROOT / prompts, column=column)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read prompts={str(prompts)!r} ({error}); expected 'harmful', 'benign', or {FORMATS}"

@@ -241,7 +241,7 @@ def model_reference(model: str) -> tuple[str, str | None]:
 
     ``owner/name@revision`` is split. The name of a local path is that of its folder.
     """
-    if Path(model).is_absolute() or model.startswith("."):
+    if Path(model).expanduser().is_absolute() or model.startswith("."):
         return re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-"), None
     name, _, revision = model.partition("@")
     return name, revision or None

@@ -82,13 +82,14 @@ def _update(digest: Any, value: Any) -> None:
 
 
 def chat_model_digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of a model's digest and of everything that turns a conversation into token ids."""
+    """Return the SHA-256 of a model's digest, of all that turns a conversation into tokens, and of its end tokens."""
     fast: Any = tokenizer
     backend: Any = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
         last_call = {"padding": None, "truncation": None}  # what its last call left in it
         backend = json.loads(fast.backend_tokenizer.to_str()) | last_call
-    parts = [model_digest(model), backend, fast.chat_template, tokenizer.special_tokens_map]
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    parts = [model_digest(model), backend, fast.chat_template, tokenizer.special_tokens_map, ends]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

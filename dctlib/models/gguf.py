@@ -43,6 +43,9 @@ _SHAPES = {
     *("ssm.time_step_rank", "tensor_data_layout", "use_parallel_residual", "vocab_size"),
 }
 
+# Names of tokenizers whose text transformers splits as GPT-2 does, and rightly: their merges never join digits.
+_GPT2_SPLITS = {"gpt-2", "phi-2", "mpt", "olmo", "smollm", "starcoder", "refact", "codeshell"}
+
 _NEUTRAL = {"attention.causal": True, "rope.scaling.factor": 1.0, "rope.scaling.type": "none", "ssm.dt_b_c_rms": False}
 
 
@@ -78,6 +81,28 @@ def check_gguf(path: Path) -> PreTrainedConfig:
         if not _is_read(name, value, config):
             raise ValueError(f"transformers does not read {prefix}{name} = {value} of {path}; {_WAY_OUT}")
     return config
+
+
+def check_gguf_tokenizer(path: Path) -> None:
+    """Raise ValueError if transformers may split text otherwise than the byte-level tokenizer in a GGUF file does.
+
+    transformers splits as GPT-2 does wherever it does not know the file's ``tokenizer.ggml.pre``. Versions without that
+    table split by the architecture, and pass.
+    """
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as known
+    except ImportError:
+        return
+    reader = _open(path)
+    kind, split = (
+        None if (field := reader.get_field(f"tokenizer.ggml.{name}")) is None else field.contents()
+        for name in ("model", "pre")
+    )
+    if kind == "gpt2" and split not in _GPT2_SPLITS | known.keys():
+        raise ValueError(
+            f"transformers does not know how the tokenizer in {path} splits text (tokenizer.ggml.pre is {split}); pass "
+            f"tokenizer=, such as the folder that the file was converted from"
+        )
 
 
 def load_gguf(
@@ -184,7 +209,8 @@ def _check_tensors(path: Path, model: PreTrainedModel) -> None:
         if head.tensor_type != embedding.tensor_type or (head.data != embedding.data).any():
             raise ValueError(f"{path} has an output head of its own, which transformers does not read; {_WAY_OUT}")
         del tensors["output.weight"]
-    taken = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    # A weight that is offloaded has no address; one that two modules share counts once.
+    taken = {tensor.data_ptr() or name: tensor.numel() for name, tensor in model.state_dict().items()}
     held = sum(int(tensor.n_elements) for tensor in tensors.values())
     if held > sum(taken.values()):
         raise ValueError(

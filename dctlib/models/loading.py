@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dctlib.models.adapters import merge_adapter, read_base
 from dctlib.models.checkpoints import check_checkpoint, load_weights
+from dctlib.models.gguf import check_gguf_tokenizer
 from dctlib.models.sources import TOKENIZER, Source, find_source
 
 
@@ -80,6 +81,8 @@ def load_model(
 
 def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     name = source.location
+    if source.gguf:
+        check_gguf_tokenizer(source.gguf)
     try:
         if source.gguf:
             tokenizer = AutoTokenizer.from_pretrained(source.gguf.parent, gguf_file=source.gguf.name)

@@ -132,7 +132,7 @@ def _tree_equals_prompts(model: PreTrainedModel) -> bool:
 
     A single prompt is extended by further tokens to the length of the tree, so that both round alike.
     """
-    start, first, second, last, tail, behind = _ordinary_tokens(model, 4, 1, 1, 1, 8, 10)
+    start, first, second, last, tail, behind = ordinary_tokens(model, 4, 1, 1, 1, 8, 10)
     prompts = [start + first + last + tail, start + second + last]
     tree = PromptTree.from_prompts(prompts)
     size = tree.tokens.shape[1]
@@ -149,7 +149,7 @@ def _logits(model: Any, tree: PromptTree) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _ordinary_tokens(model: PreTrainedModel, *counts: int) -> Iterator[list[int]]:
+def ordinary_tokens(model: PreTrainedModel, *counts: int) -> Iterator[list[int]]:
     """Yield lists of distinct token ids that the configuration gives no special meaning."""
     special = {value for name, value in _settings(model.config.to_dict()) if "token" in name}
     size = model.config.get_text_config().vocab_size

@@ -127,7 +127,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def _checksum(record: dict[str, Any]) -> str:
     """Hash the content of a record, whatever its layout: 16 hexadecimal digits."""
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    as_read = json.loads(json.dumps(record, allow_nan=False))  # with texts for keys, which sort unlike numbers
+    text = json.dumps(as_read, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dctlib._io import ROOT, sha256
+from dctlib._io import sha256
 from dctlib.runs.cache import EncodedResult, Setting, Task, encode_result, read_results, task_key, write_result
 from dctlib.runs.cluster import connect, get_result, max_workers
 
@@ -204,7 +204,8 @@ def _run_on_node(folder: Path, code: str, task: Task, threads: int, setting: Set
 
 def _digest_code(task: Task) -> str:
     """Return a hash of the task's module and of all modules of this library."""
-    files = [Path(inspect.getfile(task)), *sorted((ROOT / "dctlib").rglob("*.py"))]
+    library = Path(__file__).parents[1]
+    files = [Path(inspect.getfile(task)), *sorted(library.rglob("*.py"))]
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from dctlib.models.blocks import evaluation_mode, residual_width, tolerance, unwrap
 from dctlib.models.chat import pad_id, tokenize_each
-from dctlib.models.packing import reaches
+from dctlib.models.packing import ordinary_tokens, reaches
 from dctlib.models.trace import once_per_model, probe_tokens
 from dctlib.steering.hooks import as_rows, steer
 from dctlib.steering.passes import unhooked
@@ -61,8 +61,9 @@ def generate_completions(
     vector : Tensor or array, (d,) or (n, d), optional
         One for all texts, or one for each, at its own length.
     batch_size : int
-        Texts of a batch are padded on the left and masked, so a completion does not depend on the other texts. This
-        is verified once for each model. A model for which it does not hold runs the texts one by one.
+        Texts of a batch are padded and masked, and a beginning that they share runs once. A completion does not depend
+        on the other texts. This is verified once for each model. A model for which padding changes an answer runs the
+        texts one by one.
     processor : LogitsProcessor, optional
         Changes the logits before the largest is taken.
 
@@ -88,7 +89,8 @@ def generate_completions(
     adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     if adds_tokens or not batches_exactly(unwrap(model)):
         batch_size = 1
-    shared = 0 if adds_tokens else _shared_beginning(model, tokenized, max_new_tokens)
+    alone = adds_tokens or min(batch_size, len(texts)) == 1
+    shared = 0 if alone else _shared_beginning(model, tokenized, max_new_tokens)
 
     def steered(rows: Float[Tensor, "k d"] | None) -> AbstractContextManager[None]:
         return nullcontext() if rows is None or layer is None else steer(model, layer=layer, vector=rows)
@@ -106,7 +108,8 @@ def generate_completions(
                 if shared and count < len(prompts):
                     with steered(different):
                         beginning = _begin(model, prompts[0][:shared], count, config)
-                    beginning.batch_select_indices(kinds)
+                    if beginning is not None:
+                        beginning.batch_select_indices(kinds)
                 config.max_new_tokens = max_new_tokens
                 with steered(of_rows):
                     answers = _generate(model, prompts, config, processor, beginning)
@@ -121,11 +124,12 @@ def _distinct(
     """Return the different ones of a batch's vectors, and the number of each row's; None and one are for all rows."""
     if vectors is None or len(vectors) == 1:
         return vectors, torch.zeros(count, dtype=torch.long)
-    return vectors.unique(dim=0, return_inverse=True)
+    different, kinds = vectors.unique(dim=0, return_inverse=True)
+    return different, kinds.cpu()  # which index caches on any device
 
 
-def _begin(model: Any, tokens: Int[Tensor, " t"], count: int, config: GenerationConfig) -> Cache:
-    """Return the cache of a beginning that prompts share, in `count` equal rows."""
+def _begin(model: Any, tokens: Int[Tensor, " t"], count: int, config: GenerationConfig) -> Cache | None:
+    """Return the cache of a beginning that prompts share: a row for each of the `count` vectors that steer."""
     config.max_new_tokens, config.return_dict_in_generate = 1, True
     try:
         return _generate(model, [tokens] * count, config).past_key_values
@@ -142,7 +146,7 @@ def _generate(
 ) -> Any:
     """Return the new tokens after prompts, or the output object of ``generate`` if it returns one.
 
-    Prompts are padded on the left or, if their `beginning` was run before, behind it.
+    Padding stands left of the prompts or, if their `beginning` was run before, between it and the rest.
     """
     plain = unwrap(model)
     shared = 0 if beginning is None else beginning.get_seq_length()
@@ -238,22 +242,38 @@ def _shared_beginning(model: Any, prompts: Sequence[Int[Tensor, " t"]], max_new_
 
 @once_per_model
 def resumes_exactly(model: PreTrainedModel) -> bool:
-    """Return whether a text gets the same logits if its beginning was run before, with padding behind it, as alone."""
-    long = probe_tokens(model)[0].cpu()
-    beginning, short = long[:-3], torch.cat([long[:-3], long[-1:]])
+    """Return whether texts get the same logits if their beginning was run before, with or without padding behind it.
+
+    Errors are compared with the change that another text makes. The rows of a beginning are repeated in the check, as
+    a model may also keep something of each row elsewhere.
+    """
+    start, *rests = ordinary_tokens(model, 4, 16, 2, 2)
+    texts = [torch.tensor(start + rest) for rest in rests]
+    errors = []
     with unhooked(model), _greedy(model, None, 0) as config:
-        config.eos_token_id = None
+        config.eos_token_id, config.output_logits = None, True
         try:
-            past = _begin(model, beginning, 1, config)
-            past.batch_select_indices(torch.zeros(2, dtype=torch.long))
-            config.max_new_tokens, config.output_logits, config.return_dict_in_generate = 2, True, True
-            alone = torch.cat(_generate(model, [short], config).logits)
-            together = torch.stack(_generate(model, [long, short], config, beginning=past).logits)[:, 1]
+            alone = [_first_logits(model, [text], config)[0] for text in texts]
+            for rows in ([0, 1, 2], [1, 2, 2]):
+                beginning = _begin(model, texts[0][: len(start)], 2, config)
+                if beginning is None:
+                    return False
+                beginning.batch_select_indices(torch.tensor([0, 1, 1]))
+                found = _first_logits(model, [texts[row] for row in rows], config, beginning)
+                errors += [(each - alone[row]).norm() for each, row in zip(found, rows, strict=True)]
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a family's cache raises
             return False
-    return bool((together - alone).norm() <= tolerance(model.dtype) * alone.norm())
+    return bool(max(errors) <= tolerance(model.dtype) * (alone[1] - alone[2]).norm())
+
+
+def _first_logits(
+    model: Any, prompts: list[Int[Tensor, " t"]], config: GenerationConfig, beginning: Cache | None = None
+) -> Float[Tensor, "n steps v"]:
+    """Return the logits of the first two new tokens."""
+    config.max_new_tokens, config.return_dict_in_generate = 2, True
+    return torch.stack(_generate(model, prompts, config, beginning=beginning).logits, 1)
 
 
 class _Number(LogitsProcessor):

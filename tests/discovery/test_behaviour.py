@@ -50,6 +50,17 @@ def test_points_are_near_where_vectors_say_alike():
     assert map_behaviours(REQUESTS, [STEPS]).tolist() == [[0, 0]]
 
 
+def test_repeating_the_request_is_a_behaviour():
+    requests = ["Tie a tie", "Fly a kite"]
+    assert group_behaviours(requests, [requests, ["Yes", "Yes"], requests]) == [1, 2, 1]
+
+
+def test_scripts_without_spaces_have_words():
+    one, two = ["首先准备材料，然后按照步骤操作。"] * 2, ["首先准备工具，然后按照步骤制作。"] * 2
+    other = ["抱歉，我无法协助您。"] * 2
+    assert group_behaviours(["a", "b"], [one, other, two]) == [1, 2, 1]
+
+
 def test_a_request_may_be_a_conversation():
     talk = [[{"role": "user", "content": request}] for request in REQUESTS]
     torch.testing.assert_close(word_features(talk, [STEPS, AGREES]), word_features(REQUESTS, [STEPS, AGREES]))

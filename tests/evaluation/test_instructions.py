@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dctlib.evaluation import instructions
 from dctlib.evaluation.instructions import load_benign, read_instructions, shuffled, split, split_instructions
 
 
@@ -16,6 +17,18 @@ def test_lines_of_a_file_are_instructions(tmp_path):
     for prompts in ("harmful", ["a"]):
         with pytest.raises(ValueError, match=r"got column='goal' without a file"):
             read_instructions(prompts, column="goal")
+
+
+def test_a_file_is_looked_up_here_first_and_then_in_the_clone(tmp_path, monkeypatch):
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "mine.txt").write_text("here")
+    monkeypatch.setattr(instructions, "ROOT", tmp_path / "clone")
+    for name in ("mine.txt", "other.txt"):
+        (tmp_path / "clone" / name).write_text("there")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_instructions("mine.txt") == read_instructions("~/mine.txt") == ["here"]
+    assert read_instructions("other.txt") == ["there"]
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\xfd", b"\xef\xbb"])

@@ -37,6 +37,12 @@ def test_the_chat_template_is_part_of_the_digest_and_the_last_padding_is_not(tok
     assert chat_model_digest(llama, other_tokenizer) != before
 
 
+def test_the_tokens_that_end_an_answer_are_part_of_the_digest(tokenizer, llama):
+    before = chat_model_digest(llama, tokenizer)
+    llama.generation_config.eos_token_id = [2, 7]
+    assert chat_model_digest(llama, tokenizer) != before
+
+
 @pytest.fixture
 def nothing_loads(monkeypatch):
     def load_model(name, **_options):

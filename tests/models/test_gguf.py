@@ -7,6 +7,7 @@ from gguf_files import write_gguf
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dctlib import CausalMap, load_model
+from dctlib.models.gguf import _check_tensors
 
 TOKENS = torch.arange(60)[None] % 50 + 3
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -87,6 +88,24 @@ def test_a_setting_that_is_not_read_is_refused(tmp_path, changes):
     write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", changes=changes)
     with pytest.raises(ValueError, match=rf"does not read llama\.{next(iter(changes))} = "):
         load_model(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize("split", ["stablelm2", None])
+def test_a_tokenizer_that_may_split_text_otherwise_is_refused(tmp_path, tokenizer, split):
+    pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", split=split)
+    with pytest.raises(ValueError, match=rf"splits text \(tokenizer\.ggml\.pre is {split}\); pass tokenizer="):
+        load_model(tmp_path / "tiny.gguf", device="cpu")
+    tokenizer.save_pretrained(tmp_path / "words")
+    assert len(load_model(tmp_path / "tiny.gguf", device="cpu", tokenizer=str(tmp_path / "words"))[1]) == len(tokenizer)
+    write_gguf(tmp_path / "qwen.gguf", random_model("llama"), "llama", split="qwen2")
+    load_model(tmp_path / "qwen.gguf", device="cpu")
+
+
+def test_weights_that_are_offloaded_count_each(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama")
+    model: Any = load_model(tmp_path / "tiny.gguf", device="cpu")[0]
+    _check_tensors(tmp_path / "tiny.gguf", model.to("meta"))
 
 
 def test_neutral_settings_are_taken(tmp_path):

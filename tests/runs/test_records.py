@@ -28,6 +28,11 @@ def wide_fit(seed):
 
 
 @task(version=1)
+def by_number(seed):
+    return {2: "two", 10: "ten"}
+
+
+@task(version=1)
 def nan(seed):
     return {"rate": float("nan")}
 
@@ -53,6 +58,10 @@ def test_each_cell_is_computed_once_and_read_afterwards(tmp_path):
     assert first == [*again, again[0]]
     assert again == [refusal(0), refusal(1)]
     assert CALLS == [0, 1, 0, 1]
+
+
+def test_a_record_with_numbers_for_keys_is_read_as_it_was_written(tmp_path):
+    assert record_cells(by_number, SETTINGS[:1], folder=tmp_path, progress=False) == [{"2": "two", "10": "ten"}]
 
 
 def test_a_record_says_what_it_is_and_what_made_it_and_no_path_of_this_machine(tmp_path):

@@ -15,6 +15,7 @@ import torch
 
 from dctlib import Transcoder, fit_exponential
 from dctlib.maps.synthetic import synthetic_map
+from dctlib.runs import sweep as sweep_module
 from dctlib.runs.cache import task
 from dctlib.runs.sweep import _run_on_node, run_sweep
 
@@ -168,6 +169,16 @@ def test_a_node_with_other_code_than_the_driver_computes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"has another .*test_sweep, or another dctlib behind it"):
         _run_on_node(Path.cwd(), "a digest of other code", number, 1, setting)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_code_of_a_node_is_the_library_that_it_imports(monkeypatch, tmp_path):
+    """Also where it is installed, and no clone is near."""
+    before = sweep_module._digest_code(number)
+    changed = tmp_path / "dctlib" / "runs" / "sweep.py"
+    changed.parent.mkdir(parents=True)
+    changed.write_text("another library")
+    monkeypatch.setattr(sweep_module, "__file__", str(changed))
+    assert sweep_module._digest_code(number) != before
 
 
 def test_a_killed_driver_takes_its_workers_with_it_and_goes_on_where_it_was(sweep):

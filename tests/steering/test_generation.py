@@ -176,10 +176,12 @@ WRAPPERS = [torch.nn.DataParallel, wrapped_by_peft, lambda model: torch.compile(
 def test_wrapped_models_complete_alike(llama, tokenizer, wrap):
     texts, options = ["w0 w1 w2", "w3"], {"max_new_tokens": 5, "progress": False}
     steering = {"layer": 1, "vector": 8 * unit_rows(2, 32)}
-    expected = [generate_completions(llama, tokenizer, texts, **options, **more) for more in ({}, steering)]
+    sharing = {"layer": 1, "vector": 8 * unit_rows(2, 32)[[0, 1, 0]]}
+    calls: list[tuple[list[str], dict[str, Any]]] = [(texts, {}), (texts, steering), (SHARING, {}), (SHARING, sharing)]
+    expected = [generate_completions(llama, tokenizer, each, **options, **more) for each, more in calls]
     model = wrap(tiny_model("Llama"))
     shipped = getattr(model, "generation_config", None)
-    assert [generate_completions(model, tokenizer, texts, **options, **more) for more in ({}, steering)] == expected
+    assert [generate_completions(model, tokenizer, each, **options, **more) for each, more in calls] == expected
     assert getattr(model, "generation_config", None) is shipped
 
 
@@ -268,6 +270,29 @@ def test_nothing_is_shared_by_few_tokens_or_inside_hooks(llama, tokenizer, begun
     finally:
         handle.remove()
     assert not begun and seen[0] == 12
+
+
+def test_nothing_is_shared_by_a_model_that_keeps_something_of_each_row(llama, tokenizer, begun):
+    """As Qwen2-VL keeps the offsets of positions, which it adds to a batch of as many rows."""
+    forward, kept = llama.forward, []
+
+    def keeps_rows(*args, input_ids, past_key_values=None, **options):
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            kept[:] = [torch.zeros(len(input_ids), 1)]
+        torch.broadcast_tensors(torch.zeros(len(input_ids), 1), kept[0])
+        return forward(*args, input_ids=input_ids, past_key_values=past_key_values, **options)
+
+    llama.forward = keeps_rows
+    options: dict[str, Any] = {"max_new_tokens": 3, "layer": 1, "vector": 8 * unit_rows(2, 32)[[0, 1, 0]]}
+    together = generate_completions(llama, tokenizer, SHARING, **options, progress=False)
+    assert not resumes_exactly(llama) and begun == [2], "the check alone ran a beginning"
+    assert together == generate_completions(llama, tokenizer, SHARING, **options, batch_size=1, progress=False)
+
+
+def test_a_model_that_pads_inexactly_in_half_precision_is_found():
+    """MPT's bias goes by the place in the cache, so padding moves a beginning away."""
+    assert not resumes_exactly(family_model("mpt").to(torch.bfloat16))
+    assert resumes_exactly(family_model("llama").to(torch.bfloat16))
 
 
 @pytest.mark.parametrize(

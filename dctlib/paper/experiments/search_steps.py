@@ -119,8 +119,9 @@ def search_steps(
 ) -> dict[str, Any]:
     """Choose a vector of one model in several ways, and compare them with the best of all candidates.
 
-    The candidates are those of :func:`dctlib.discovery.pool.find_candidates`, at length R. The oracle is the candidate
-    with the most successes on one half of the test requests. It and every other vector are reported on the other half.
+    The candidates are those of :func:`dctlib.discovery.pool.find_candidates` without the random directions, at length
+    R. The oracle is the candidate with the most successes on one half of the test requests. It and every other vector
+    are reported on the other half. Tokens are counted under vectors; the unsteered answers of each round are left out.
     The ways are those of ``STEPS``:
 
     - ``strongest factor``: the exponential factor that changes the target layer most, by ‖Δ(Rv)‖. It costs no
@@ -291,7 +292,7 @@ def summarise_steps(found: Sequence[Mapping[str, Any]]) -> dict[str, Step]:
     gap = success["oracle"].mean - first
 
     def tokens(name: str) -> float | None:
-        counts = [choice["tokens"] for choice in chosen.get(name, [])]
+        counts = [choice["tokens"] for choice in chosen.get(name, [])] if name != "oracle" else []
         return None if not counts or None in counts else sum(counts) / len(counts)
 
     return {
