@@ -12,6 +12,7 @@ from dctlib.exchange.gguf import write_control_vector
 from dctlib.exchange.hub import SharedVectors, load_folder, write_shared
 from dctlib.exchange.packages import to_repeng
 from dctlib.exchange.steered_model import steered_copy
+from dctlib.models.assets import MODELS
 from dctlib.models.loading import load_model
 
 
@@ -36,7 +37,8 @@ def export_vector(folder: str | Path, number: int, to: str, output: str | Path, 
     Raises
     ------
     ValueError
-        If the folder is no shared folder, has no such vector, `output` exists, or the format cannot hold the vector.
+        If the folder is no shared folder, has no such vector, `output` exists, the format cannot hold the vector, or
+        the model was a local folder and `model` is left out.
     """
     folder, output = Path(folder), Path(output)
     shared = load_folder(folder)
@@ -46,7 +48,10 @@ def export_vector(folder: str | Path, number: int, to: str, output: str | Path, 
         raise ValueError(f"got the format {to!r}, expected one of {', '.join(_WRITERS)}")
     if output.exists():
         raise ValueError(f"{output} exists; choose another name, or remove it")
-    return _WRITERS[to](shared, number, output, model or shared.facts.reference)
+    reference = shared.facts.reference
+    if to == "model" and model is None and "/" not in reference and reference not in MODELS:
+        raise ValueError(f"the vectors are of a folder {reference!r}, whose place is not known; pass model= (--model)")
+    return _WRITERS[to](shared, number, output, model or reference)
 
 
 def _gguf(shared: SharedVectors, number: int, output: Path, _model: str) -> str:

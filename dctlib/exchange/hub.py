@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dctlib._io import atomic_path, sha256
+from dctlib.models.assets import MODELS
 
 _CONFIG, _NUMBERS, _SUMS, _CARD = "config.json", "vectors.safetensors", "SHA256SUMS", "README.md"
 _TENSOR = "vectors"
@@ -239,10 +240,11 @@ def load_folder(folder: str | Path) -> SharedVectors:
 def model_reference(model: str) -> tuple[str, str | None]:
     """Return the name and the revision of a model for :func:`save_folder`, without a local path.
 
-    ``owner/name@revision`` is split. The name of a local path is that of its folder.
+    ``owner/name@revision`` is split. The name of a local path is that of its folder, marked if a pinned model has it.
     """
     if Path(model).expanduser().is_absolute() or model.startswith("."):
-        return re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-"), None
+        folder = re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-")
+        return f"{folder}-local" if folder in MODELS else folder, None
     name, _, revision = model.partition("@")
     return name, revision or None
 

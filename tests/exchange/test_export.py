@@ -56,6 +56,12 @@ def test_a_model_that_is_steered_by_its_weights(folder, tmp_path, tokenizer):
     torch.testing.assert_close(copied(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_from_a_folder_is_not_taken_for_one_of_the_same_name(tmp_path):
+    local = save(tmp_path / "local", VECTORS, ROWS, layer=2, model="gpt2", revision=None)
+    with pytest.raises(ValueError, match=r"of a folder 'gpt2', whose place is not known; pass model="):
+        export_vector(local, 0, "model", tmp_path / "steered")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -258,6 +258,7 @@ def test_a_folder_with_files_of_ones_own_is_left_alone(tmp_path, name):
         ("/data/my models/m@2", "m-2", None),
         ("../.cache/it", "it", None),
         ("~/models/m", "m", None),
+        ("/data/smollm2-135m-instruct", "smollm2-135m-instruct-local", None),
     ],
 )
 def test_a_model_is_named_without_a_path_of_this_machine(tmp_path, model, name, revision):
