@@ -120,6 +120,13 @@ def real_baselines():
         )
 
 
+def search_steps():
+    """Rows of the ways to choose a vector: organisms first, then real models."""
+    groups = {**recorded("search_steps")["groups"], **recorded("search_steps", "study")["groups"]}
+    for way in next(iter(groups.values())):
+        yield f"| {way} | " + " | ".join(percent(of[way]["success"]["mean"]) for of in groups.values()) + " |"
+
+
 def answered():
     """Return each method's rates of requests answered: with the first vector, and with eight."""
     methods = recorded("baselines")["methods"]
@@ -213,7 +220,10 @@ def stability():
 
 @pytest.mark.parametrize(
     "said",
-    [verdicts, real_models, real_figure_1, real_baselines, baselines, replicates, audits, anomaly, stability],
+    [
+        *(verdicts, real_models, real_figure_1, real_baselines, search_steps),
+        *(baselines, replicates, audits, anomaly, stability),
+    ],
     ids=lambda said: said.__name__,
 )
 def test_numbers_of_the_results_page_are_those_of_the_recorded_files(said):
