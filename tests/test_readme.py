@@ -324,8 +324,8 @@ def test_the_worked_example_has_requests_enough_for_the_defaults_of_discover():
     (asked,) = re.findall(r'format_chat\(tokenizer, \["(.*?)"\]\)', shown)
     assert asked not in requests
     place = SharedPlace("vectors/everyday/discover", "qwen2.5-coder-0.5b-instruct", 8)
-    assert place.python(1, 4.43).replace("Write your request here.", asked) == shown.strip()
-    assert place.export(1) in page
+    assert place.python(5, 7.27).replace("Write your request here.", asked) == shown.strip()
+    assert place.export(5) in page
 
 
 def test_the_readme_is_short():

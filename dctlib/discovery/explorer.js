@@ -132,8 +132,10 @@ async function drawMap() {
     marker: { size: 8, line: { width: 0.5, color: "#888" }, ...marker(of.name) }, unselected: { marker: { opacity: 0.12 } } };
   const ring = { x: [x[chosen]], y: [y[chosen]], hoverinfo: "skip", mode: "markers",
     marker: { size: 15, symbol: "circle-open", color: getComputedStyle(document.body).color, line: { width: 2 } } };
+  const known = data.map.map((point) => point[0]).filter((value) => Number.isFinite(value));
+  const inside = 2 * unsteered[0] < Math.min(...known) + Math.max(...known) ? "top right" : "top left";
   const star = { x: [unsteered[0]], y: [unsteered[1]], text: ["without steering"], hoverinfo: "text", mode: "markers+text",
-    textposition: "top center", marker: { size: 11, symbol: "star", color: getComputedStyle(document.body).color } };
+    textposition: inside, marker: { size: 11, symbol: "star", color: getComputedStyle(document.body).color } };
   await plot("map", [points, ring, star], {
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     xaxis: { title: "words, first component", showticklabels: false },
