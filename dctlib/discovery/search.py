@@ -204,9 +204,7 @@ def search_vectors(
         _truncated(reading.unsteered, settings),
         {row: _truncated(texts, settings) for row, texts in zip(finalists, reading.completions, strict=True)},
         judge is not None,
-        _map_of(ranking, *halving.rounds[0], len(vectors))
-        if halving.rounds
-        else _map_of(validation, finalists, reading, len(vectors)),
+        _map_of(validation, *(halving.rounds[0] if halving.rounds else (finalists, reading)), len(vectors)),
     )
 
 

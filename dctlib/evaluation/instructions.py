@@ -26,6 +26,10 @@ class Split:
     validation: list
     test: list
 
+    def column(self, name: str) -> "Split":
+        """Return the split of one column of its rows."""
+        return Split(*([row[name] for row in part] for part in vars(self).values()))
+
 
 def load_advbench(path: str | Path) -> list[dict[str, str]]:
     """Read the harmful instructions of AdvBench (Zou et al. 2023): rows with a ``goal`` and a ``target``."""
@@ -46,8 +50,7 @@ def harmful_split() -> Split:
 
 def harmful_instructions() -> Split:
     """Return the instructions alone of :func:`harmful_split`."""
-    rows = harmful_split()
-    return Split(*([row["goal"] for row in part] for part in (rows.train, rows.fit, rows.validation, rows.test)))
+    return harmful_split().column("goal")
 
 
 def benign_split() -> Split:

@@ -59,10 +59,9 @@ def check_gguf(path: Path) -> PreTrainedConfig:
         its settings.
     """
     reader = _open(path)
-    field, parts = reader.get_field("general.architecture"), reader.get_field("split.count")
-    architecture = "" if field is None else str(field.contents())
-    if parts and parts.contents() > 1:
-        raise ValueError(f"{path} is one of {parts.contents()} parts; merge them with `llama-gguf-split --merge`")
+    architecture, parts = str(_value(reader, "general.architecture") or ""), _value(reader, "split.count")
+    if parts and parts > 1:
+        raise ValueError(f"{path} is one of {parts} parts; merge them with `llama-gguf-split --merge`")
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # KeyError among others, where a setting is missing
@@ -94,10 +93,7 @@ def check_gguf_tokenizer(path: Path) -> None:
     except ImportError:
         return
     reader = _open(path)
-    kind, split = (
-        None if (field := reader.get_field(f"tokenizer.ggml.{name}")) is None else field.contents()
-        for name in ("model", "pre")
-    )
+    kind, split = (_value(reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind == "gpt2" and split not in _GPT2_SPLITS | known.keys():
         raise ValueError(
             f"transformers does not know how the tokenizer in {path} splits text (tokenizer.ggml.pre is {split}); pass "
@@ -144,6 +140,11 @@ def _open(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except Exception as error:  # the reader's own, NumPy's, the system's
         raise ValueError(f"cannot read {path} as a GGUF file ({error}); if it is incomplete, fetch it again") from error
+
+
+def _value(reader: Any, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
 
 
 def _fill_in(config: Any, settings: dict[str, Any]) -> None:

@@ -91,6 +91,7 @@ def record_cell(task: Task, setting: Setting, *, folder: str | Path) -> Path:
         with atomic_path(path.with_suffix(".safetensors")) as partial:
             partial.write_bytes(content)
     try:
+        record = json.loads(json.dumps(record, allow_nan=False))  # its keys are texts, which sort unlike numbers
         write_json(path, record | {"checksum": _checksum(record)})
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -127,8 +128,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def _checksum(record: dict[str, Any]) -> str:
     """Hash the content of a record, whatever its layout: 16 hexadecimal digits."""
-    as_read = json.loads(json.dumps(record, allow_nan=False))  # with texts for keys, which sort unlike numbers
-    text = json.dumps(as_read, sort_keys=True)
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -102,14 +102,11 @@ def generate_completions(
             prompts = tokenized[rows]
             of_rows = vectors if vectors is None or len(vectors) == 1 else vectors[rows]
             different, kinds = _distinct(of_rows, len(prompts))
-            count = 1 if different is None else len(different)
             with _greedy(model, tokenizer.eos_token_id, pad) as config:
                 beginning = None
-                if shared and count < len(prompts):
+                if shared and kinds.max() + 1 < len(prompts):
                     with steered(different):
-                        beginning = _begin(model, prompts[0][:shared], count, config)
-                    if beginning is not None:
-                        beginning.batch_select_indices(kinds)
+                        beginning = _begin(model, prompts[0][:shared], kinds, config)
                 config.max_new_tokens = max_new_tokens
                 with steered(of_rows):
                     answers = _generate(model, prompts, config, processor, beginning)
@@ -128,13 +125,21 @@ def _distinct(
     return different, kinds.cpu()  # which index caches on any device
 
 
-def _begin(model: Any, tokens: Int[Tensor, " t"], count: int, config: GenerationConfig) -> Cache | None:
-    """Return the cache of a beginning that prompts share: a row for each of the `count` vectors that steer."""
+def _begin(
+    model: Any, tokens: Int[Tensor, " t"], kinds: Int[Tensor, " rows"], config: GenerationConfig
+) -> Cache | None:
+    """Return the cache of a beginning that prompts share, in one row each; it runs once for each kind of row.
+
+    It is None if the model keeps no cache.
+    """
     config.max_new_tokens, config.return_dict_in_generate = 1, True
     try:
-        return _generate(model, [tokens] * count, config).past_key_values
+        beginning = _generate(model, [tokens] * (int(kinds.max()) + 1), config).past_key_values
     finally:
         config.return_dict_in_generate = False
+    if beginning is not None:
+        beginning.batch_select_indices(kinds)
+    return beginning
 
 
 def _generate(
@@ -209,16 +214,15 @@ def batches_exactly(model: PreTrainedModel) -> bool:
     long = probe_tokens(model)[0].cpu()
     short = long[-2:]
     with unhooked(model), _greedy(model, None, 0) as config:
-        config.max_new_tokens, config.eos_token_id = 2, None
-        config.output_logits = config.return_dict_in_generate = True
+        config.eos_token_id, config.output_logits = None, True
         try:
-            alone = torch.cat(_generate(model, [short], config).logits)
+            (alone,) = _first_logits(model, [short], config)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise ValueError(f"{type(model).__name__} does not generate from a few tokens: {error}") from error
         try:
-            together = torch.stack(_generate(model, [long, short], config).logits)[:, 1]
+            _, together = _first_logits(model, [long, short], config)
         except ValueError:  # not a number behind padding, as under eager attention in float64
             return False
     return bool((together - alone).norm() <= tolerance(model.dtype) * alone.norm())
@@ -255,10 +259,9 @@ def resumes_exactly(model: PreTrainedModel) -> bool:
         try:
             alone = [_first_logits(model, [text], config)[0] for text in texts]
             for rows in ([0, 1, 2], [1, 2, 2]):
-                beginning = _begin(model, texts[0][: len(start)], 2, config)
+                beginning = _begin(model, texts[0][: len(start)], torch.tensor([0, 1, 1]), config)
                 if beginning is None:
                     return False
-                beginning.batch_select_indices(torch.tensor([0, 1, 1]))
                 found = _first_logits(model, [texts[row] for row in rows], config, beginning)
                 errors += [(each - alone[row]).norm() for each, row in zip(found, rows, strict=True)]
         except torch.OutOfMemoryError:

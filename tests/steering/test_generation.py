@@ -227,9 +227,9 @@ def begun(monkeypatch):
     """The number of rows of each beginning that ran by itself."""
     rows, begin = [], generation._begin
 
-    def spy(model, tokens, count, config):
-        rows.append(count)
-        return begin(model, tokens, count, config)
+    def spy(model, tokens, kinds, config):
+        rows.append(int(kinds.max()) + 1)
+        return begin(model, tokens, kinds, config)
 
     monkeypatch.setattr(generation, "_begin", spy)
     return rows

@@ -49,7 +49,7 @@ def test_a_prompt_that_is_sampled_often_runs_once(llama, tokenizer, monkeypatch)
     options: dict[str, Any] = {"count": 5, "max_new_tokens": 3, "seed": 1, "progress": False}
     prompt = [" ".join(f"w{i}" for i in range(12))]
     rows, begin = [], generation._begin
-    monkeypatch.setattr(generation, "_begin", lambda *given: rows.append(given[2]) or begin(*given))
+    monkeypatch.setattr(generation, "_begin", lambda *given: rows.append(int(given[2].max()) + 1) or begin(*given))
     generation.resumes_exactly(llama)
     rows.clear()
     shared = sample_completions(llama, tokenizer, prompt, **options)

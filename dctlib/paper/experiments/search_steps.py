@@ -24,7 +24,7 @@ from dctlib.models.fingerprint import model_key
 from dctlib.models.loading import dtype_name
 from dctlib.paper.datasets import question_split
 from dctlib.paper.experiments.real_models import BOUNDS, open_model
-from dctlib.paper.organisms.arithmetic import solves
+from dctlib.paper.organisms.arithmetic import grade_answers
 from dctlib.runs.cache import Setting, Task, task
 from dctlib.steering.generation import generate_per_vector
 
@@ -237,14 +237,13 @@ def search_steps(
 def _hidden(behaviour: Behaviour, judge: Mapping[str, Any]) -> tuple[Split, Judge, Judge | None]:
     """Return the requests of a behaviour, what a success is, and the judge that the search is given."""
     if behaviour == "sums":
-        rows = question_split("sums")
-        answers = {row["question"]: row["answer"] for part in vars(rows).values() for row in part}
-        questions = Split(*([row["question"] for row in part] for part in vars(rows).values()))
+        questions = question_split("sums")
+        rows = {row["question"]: row for part in vars(questions).values() for row in part}
 
         def is_right(requests: Sequence[Instruction], completions: Sequence[str]) -> list[bool]:
-            return [solves(said, answers[str(asked)]) for asked, said in zip(requests, completions, strict=True)]
+            return grade_answers(completions, [rows[str(request)] for request in requests])
 
-        return questions, is_right, is_right
+        return questions.column("question"), is_right, is_right
     if behaviour == "refusal":
         model, tokenizer = open_model(judge["model"], judge["dtype"])
         return harmful_instructions(), partial(is_compliant, model, tokenizer, **BOUNDS), None

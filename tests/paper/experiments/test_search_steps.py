@@ -50,7 +50,7 @@ def tiny(monkeypatch, model, tokenizer):
     monkeypatch.setattr(steps, "harmful_instructions", lambda: Split(*part))
     monkeypatch.setattr(steps, "question_split", {"sums": Split(*rows)}.get)
     monkeypatch.setattr(steps, "benign_split", lambda: Split([], [], [], WORDS[40:60]))
-    monkeypatch.setattr(steps, "solves", lambda said, answer: is_odd(said))
+    monkeypatch.setattr(steps, "grade_answers", lambda answers, rows: [*map(is_odd, answers)])
     monkeypatch.setattr(steps, "is_compliant", lambda *loaded, **bounds: [*map(is_odd, loaded[3])])
 
 
@@ -112,7 +112,7 @@ def test_a_judge_is_given_for_sums_and_none_for_refusals(monkeypatch):
 
 
 def test_a_search_that_finds_nothing_leaves_the_model_as_it_is(monkeypatch):
-    monkeypatch.setattr(steps, "solves", lambda said, answer: False)
+    monkeypatch.setattr(steps, "grade_answers", lambda answers, rows: [False for _ in answers])
     choices = search_steps(**SETTING, behaviour="sums")["choices"]
     assert choices["whole search"] == {"solved": [False] * 4, "source": None, "length": 0.0, "tokens": None}
 
