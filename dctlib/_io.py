@@ -29,6 +29,16 @@ ROOT = find_root()
 """Names in ``data/`` and ``models/``, and in a clone in ``params/``, are looked up here."""
 
 
+def find_path(name: str | Path) -> Path | None:
+    """Return the path `name` or, if nothing lies there, the same path below :data:`ROOT`; None if neither exists.
+
+    A ``~`` in front of `name` is the home of a user. It stays as it is where there is no such user.
+    """
+    # Path's own methods raise RuntimeError for an unknown user and OSError for a name that is too long.
+    paths = (os.path.expanduser(name), ROOT / name)  # noqa: PTH111
+    return next((Path(path) for path in paths if os.path.exists(path)), None)  # noqa: PTH110
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it into place only if the block succeeds.

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dctlib._io import atomic_path, find_root, sha256, write_json
+from dctlib._io import ROOT, atomic_path, find_path, find_root, sha256, write_json
 from dctlib.runs.cache import cache_key, remember
 
 
@@ -112,3 +112,17 @@ def test_data_and_models_lie_in_a_clone_or_else_in_a_cache_folder(tmp_path, monk
     monkeypatch.delenv("DCTLIB_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert find_root(installed) == tmp_path / "home" / ".cache" / "dctlib"
+
+
+@pytest.mark.parametrize("name", ["params", "params/run.yaml", ROOT / "params"])
+def test_a_path_is_looked_up_here_and_then_in_the_clone(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_path(name) == ROOT / name
+    if name == "params":
+        (tmp_path / name).mkdir()
+        assert (found := find_path(name)) and found.samefile(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "~nobody-here/x", "~0", "x" * 300, "a\0b", "\ud800"])
+def test_a_path_that_cannot_be_is_none(name):
+    assert find_path(name) is None

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from dctlib._io import ROOT
+from dctlib._io import find_path
 from dctlib.evaluation.prompt_files import FORMATS, read_prompt_file, unique
 from dctlib.models.assets import fetch
 from dctlib.models.chat import Instruction
@@ -110,8 +110,7 @@ def read_instructions(prompts: str | Path | Sequence[Instruction], *, column: st
     if prompts == "benign":
         return benign_split().train
     try:
-        here = Path(prompts).expanduser()
-        return read_prompt_file(here if here.exists() else ROOT / prompts, column=column)
+        return read_prompt_file(find_path(prompts) or Path(prompts), column=column)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read prompts={str(prompts)!r} ({error}); expected 'harmful', 'benign', or {FORMATS}"

@@ -242,7 +242,7 @@ def model_reference(model: str) -> tuple[str, str | None]:
 
     ``owner/name@revision`` is split. The name of a local path is that of its folder, marked if a pinned model has it.
     """
-    if Path(model).expanduser().is_absolute() or model.startswith("."):
+    if model.startswith((".", "~")) or Path(model).is_absolute():
         folder = re.sub(r"[^\w.-]", "-", Path(model).name).lstrip(".-")
         return f"{folder}-local" if folder in MODELS else folder, None
     name, _, revision = model.partition("@")

@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from dctlib._io import ROOT
+from dctlib._io import ROOT, find_path
 from dctlib.models import assets
 
 _HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
@@ -77,11 +77,8 @@ def find_source(name: str | Path, *, of: str = _MODEL) -> Source:
     """
     if str(name) in assets.MODELS:
         return _folder(assets.fetch_model(str(name)), of)
-    for path in (Path(name).expanduser(), ROOT / name):
-        if path.is_file():
-            return _file(path)
-        if path.is_dir():
-            return _folder(path, of)
+    if path := find_path(name):
+        return _file(path) if path.is_file() else _folder(path, of)
     location, _, revision = str(name).partition("@")
     local = location.startswith("models/")
     if not local and (parts := re.fullmatch(_HUB_FILE, location)):

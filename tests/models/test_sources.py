@@ -18,7 +18,7 @@ def test_a_folder_and_a_file_are_found_and_what_is_beside_them_is_named(tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["./nowhere", "~/nowhere", "/nowhere/at all", "models/nowhere", "a/b/c", "q4.gguf", "C:\\x"]
+    "name", ["./nowhere", "~/nowhere", "/nowhere/at all", "models/nowhere", "a/b/c", "q4.gguf", "C:\\x", "~0/x"]
 )
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.model_info", lambda *_args, **_options: pytest.fail("the Hub was asked"))

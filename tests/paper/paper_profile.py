@@ -41,6 +41,7 @@ SHRUNK = {
     "d": 64,
     "planted": 4,
     "seeds": [0, 1],
+    "behaviours": ["refusal", "sums"],
     "projected_iterations": [1, 2],
     "random_iterations": [1, 2],
     "multipliers": [1.0, 4.0],
@@ -124,6 +125,8 @@ def swapped(value, folder: Path, key: str = ""):
     """paper.yaml with counts shrunk and every model's name replaced by its stand-in's folder."""
     if isinstance(value, dict) and key not in SHRUNK:
         return {k: swapped(v, folder, k) for k, v in value.items()}
+    if key == "models" and all(name.startswith("models/") for name in value):  # organisms, of the seeds above
+        return [name for name in value if name.endswith("/1")]
     if key == "models":
         return [swapped(name, folder, "model") for name in value]
     if isinstance(value, str) and key in NAMING_A_MODEL and "/" in value:

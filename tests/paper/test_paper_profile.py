@@ -18,6 +18,7 @@ def test_every_model_of_the_paper_has_a_stand_in_and_nothing_is_trained():
     named = {str(section.get(key)) for section in paper.values() for key in NAMING_A_MODEL if section.get(key)}
     named |= {name for section in paper.values() for name in section.get("models", [])}
     named = {name.partition("@")[0] for name in named} - {"smollm2-135m-instruct"}
+    named = {name for name in named if not name.startswith("models/")}  # made by another stage
     assert named == set(PAPER_MODELS)
     assert paper["organisms"]["kinds"] == []
     assert paper["rerouted"]["base"] is paper["locked"]["base"] is None
