@@ -180,3 +180,9 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval around a rate of n tries, which unlike a bootstrap's has a width at 0 and at 1."""
     found = binomtest(round(rate * n), n).proportion_ci(method="wilson")
     return found.low, found.high
+
+
+def share(verdicts: Sequence[bool]) -> Interval:
+    """Return the fraction of verdicts that are true, with :func:`wilson`'s interval."""
+    rate = sum(verdicts) / len(verdicts)
+    return Interval(rate, *wilson(rate, len(verdicts)))

@@ -76,7 +76,10 @@ RULES: dict[str, Any] = {
     "stability.fit_prompts": _integer(1, FIT // 2),  # two fits share no prompt
     "circuit_breaker.validation": _integer(4, FIT),
     "hidden_sums.held_out": _integer(2, FIT),
-    **dict.fromkeys(("sample_complexity.pool", "real_baselines.pool"), _integer(1, POOL)),
+    "pool": _integer(1, POOL),
+    "calibration_prompts": _integer(1, FIT),
+    **dict.fromkeys(("real_multiplicity.validation", "real_multiplicity.answered"), _integer(4, FIT)),
+    "real_multiplicity.test": _integer(4, TEST),
     "real_baselines.methods": Annotated[dict[Literal[COMPETING], COUNT], Field(min_length=1)],
     "real_baselines.validation": _integer(4, FIT),
     "real_baselines.test": _integer(4, TEST),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dctlib._io import ROOT
 from dctlib.paper.experiments.real_baselines import real_baselines_cells
 from dctlib.paper.experiments.real_models import real_models_cells
+from dctlib.paper.experiments.real_multiplicity import real_multiplicity_cells
 from dctlib.paper.experiments.sample_complexity import sample_complexity_cells
 from dctlib.paper.experiments.search_steps import search_steps_cells
 from dctlib.paper.params import load_profile
@@ -26,6 +27,7 @@ STAGES: dict[str, Callable[..., Cells]] = {
     "real_models": real_models_cells,
     "sample_complexity": sample_complexity_cells,
     "real_baselines": real_baselines_cells,
+    "real_multiplicity": real_multiplicity_cells,
     "search_steps": search_steps_cells,
 }
 """Stages in the order of work: name of a notebook → function from its parameters to cells."""

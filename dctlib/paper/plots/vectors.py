@@ -246,3 +246,32 @@ def real_models(
         axes.set_xlabel("rank of the vector")
     others[0].set_ylabel("mean validation score")
     return figure
+
+
+@styled
+def real_multiplicity(answered: Mapping[str, Sequence[float]], test: Mapping[str, Interval]) -> Figure:
+    """Draw the share of requests that is answered under each vector, by rank, and under single directions.
+
+    Parameters
+    ----------
+    answered : mapping
+        ``DCT`` and ``random`` → the share of validation requests answered under each vector.
+    test : mapping
+        Condition → the share of test requests answered. A condition that names neither DCT nor random vectors is grey.
+    """
+    figure, (left, right) = panels((1, 1.1), height=2.9)
+    ranked_lines(left, answered)
+    for label, line in zip(answered, left.lines, strict=True):
+        line.set_label(label)
+    left.axhline(0.5, color="0.8", lw=0.8, zorder=0)
+    left.legend(frameon=False, fontsize=8)
+    left.set(xlabel="rank of the vector", ylabel="validation requests answered", ylim=(-0.03, 1.03))
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    colours = {}
+    for label in test:
+        kind = "random" if "random" in label else "DCT"
+        named = kind in label or label.startswith(("source", "target"))
+        colours[label] = COLOURS[kind] if named else (0.35,) * 3
+    rates(right, test, colours)
+    right.set(xlabel="test requests answered")
+    return figure

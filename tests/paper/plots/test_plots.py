@@ -27,6 +27,7 @@ from dctlib.paper.plots.vectors import (
     multiplicity,
     password_locked,
     real_models,
+    real_multiplicity,
     scores,
 )
 
@@ -132,6 +133,13 @@ FIGURES = {
         pd.DataFrame(
             {"random": [0.9, 0.8], "factors": [0.5, 0.4], "Hessian, random": [1.0, 0.7]}, index=["m = 8", "merged"]
         ),
+    ),
+    "real_multiplicity": lambda: real_multiplicity(
+        {"DCT": [1.0, 0.5, 0.0], "random": [0.2, 0.0, 0.0]},
+        {
+            label: Interval(0.5, 0.25, 0.75)
+            for label in ("unsteered", "best DCT vector", "random, ablated", "source, ablated")
+        },
     ),
     "real_models": lambda: real_models(
         {"0.5B": {kind: Interval(0.5, 0.25, 0.75) for kind in ("unsteered", "random", "DCT")}},
