@@ -106,6 +106,27 @@ def search_steps(groups: Mapping[str, tuple[Mapping[str, Interval], Mapping[str,
 
 
 @styled
+def pairwise_agreement(found: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """Draw each measure of agreement in a panel, one row for each pair of a judge and a reader.
+
+    Parameters
+    ----------
+    found : mapping
+        Pair → measure (``precision``, ``recall``, ``kappa``) → its value and interval.
+    """
+    measures = list(next(iter(found.values())))
+    figure, axes_of = panels([1] * len(measures), height=0.9 + 0.28 * len(found))
+    for axes, measure in zip(axes_of, measures, strict=True):
+        rows = [
+            {"place": place, "colour": COLOURS["DCT"], "text": f"{each[measure].mean:.2f}", **vars(each[measure])}
+            for place, each in enumerate(found.values())
+        ]
+        interval_dotplot(axes, pd.DataFrame(rows), labels=list(found) if axes is axes_of[0] else [""] * len(found))
+        axes.set(xlabel=measure, xlim=(-0.03, 1.03))
+    return figure
+
+
+@styled
 def replicates(sides: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Draw a dot for each organism and a bar at their mean. There is no interval, because organisms are few.
 

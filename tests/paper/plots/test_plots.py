@@ -18,7 +18,7 @@ from dctlib.paper.plots.curves import (
     training_curves,
 )
 from dctlib.paper.plots.damage import success_and_damage
-from dctlib.paper.plots.intervals import faults, replicates, search_steps, stability
+from dctlib.paper.plots.intervals import faults, pairwise_agreement, replicates, search_steps, stability
 from dctlib.paper.plots.style import COLOURS, method_colours, save_figure
 from dctlib.paper.plots.vectors import (
     ablation,
@@ -117,6 +117,12 @@ FIGURES = {
                 {"strongest factor": [0.1, 0.3], "random": [0.0, 0.0]},
             ),
         )
+    ),
+    "pairwise_agreement": lambda: pairwise_agreement(
+        {
+            pair: {measure: Interval(0.8, 0.7, 0.9) for measure in ("precision", "recall", "kappa")}
+            for pair in ("judge, reader 1", "reader 1, reader 2")
+        }
     ),
     "replicates": lambda: replicates({"added": {"best": [3.0, 5.0], "mean": [1.0, 2.0]}, "ablated": {"v": [0.0, 1.0]}}),
     "stability": lambda: stability(
