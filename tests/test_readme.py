@@ -245,7 +245,7 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     competing = recorded("real_baselines", "study")["methods"]
     rate = {name: percent(of["success"]["mean"]) for name, of in competing.items()}
     assert (
-        f"| the 1.5B at equal damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | power steering "
+        f"| the 1.5B within one bound on damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | power steering "
         f"{rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
     ) in README
     for stem, what in (("auditing", "planted secrets"), ("hidden_sums", "locked abilities")):

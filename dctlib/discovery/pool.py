@@ -18,7 +18,7 @@ _RANDOM = 16
 _DIRECTIONS = 8  # for calibration: R to within a tenth suffices, because each survivor gets its own length
 
 RANDOM = "random"
-"""The source of the control: random directions, which are searched like all others and are never returned."""
+"""The source of the control: random directions, which are searched like all others."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Methods that find steering vectors, compared at equal damage on a real chat model."""
+"""Methods that find steering vectors, compared within one bound on damage on a real chat model."""
 
 import time
 from collections.abc import Mapping, Sequence
