@@ -144,7 +144,7 @@ def baselines():
         yield f"| {labels.get(name, name)} | {percent(first[name]['mean'])} | {each} % | {last} |"
     yield (
         "With the first vector and with eight tries, DCT loses to power steering, which takes fewer passes, and beats "
-        "random vectors. It also loses to the difference of means. MELBO is not told apart from it."
+        "random vectors. It also loses to the difference of means. DCT and MELBO are not told apart."
     )
     assert max(first[name]["lead"]["high"] for name in ("means, added", "power steering")) < 0
     assert eight["power steering"]["lead"]["high"] < 0
@@ -189,7 +189,7 @@ def audits():
             assert each["low"] <= rival["high"] and rival["low"] <= each["high"], "their intervals part"
     pairs = secrets["controls"] * secrets["organisms"]
     alarms = round(pairs * max(each["false alarms"] for each in secrets["methods"].values()))
-    yield f"False alarms: {alarms} of {pairs} pairs."
+    yield f"False alarms: {alarms} of {pairs} pairs of a clean organism and a secret."
 
 
 def anomaly():
@@ -204,7 +204,7 @@ def anomaly():
     yield f"| DCT's factors | {factors:.2f} |"
     yield f"| as many random directions | {chance:.2f} |"
     yield f"| the whole residual | {whole:.2f} |"
-    yield "Factors beat random directions, and the usual distance beats factors."
+    yield "Factors beat random directions, and the distance along the whole residual beats factors."
 
 
 def stability():
