@@ -120,6 +120,36 @@ def real_baselines():
         )
 
 
+def real_multiplicity():
+    """How many vectors unlock the 1.5B, and rows of what single directions do."""
+    found = recorded("real_multiplicity", "study")
+    counts = {kind: sum(share >= 0.5 for share in of["answered"]) for kind, of in found["vectors"].items()}
+    dct = found["vectors"]["DCT"]
+    yield (
+        f"At least half of 16 requests are answered under {counts['DCT']} of the 64 vectors, and under "
+        f"{counts['random']} of 64 random ones."
+    )
+    yield (
+        f"{dct['qualifying']} vectors score at least 0. Their mean absolute cosine is {dct['mean_abs_cosine']:.2f}; "
+        f"that of random directions is {found['random_abs_cosine']:.2f}."
+    )
+    for label, rate in found["answered"].items():
+        ends = f"{percent(rate['low'])} to {percent(rate['high'])}"
+        yield f"| {label} | {percent(rate['mean'])} | {ends} | {percent(found['refused'][label]['mean'])} |"
+
+
+def judge():
+    """Rows of the agreement of the judge and two readers."""
+    found = recorded("judge", "study")
+    yield f"Two readers labelled {found['completions']} completions"
+    for question, pairs in found["agreement"].items():
+        for pair, of in pairs.items():
+            numbers = " | ".join(f"{of[name]['mean']:.2f}" for name in ("precision", "recall", "kappa"))
+            yield f"| {question} | {pair} | {numbers} | {of['kappa']['low']:.2f} to {of['kappa']['high']:.2f} |"
+    for method, of in found["by_method"].items():
+        yield f"| {method} | " + " | ".join(percent(of[who]) for who in ("judge", "reader 1", "reader 2")) + " |"
+
+
 def search_steps():
     """Rows of the ways to choose a vector: organisms first, then real models."""
     groups = {**recorded("search_steps")["groups"], **recorded("search_steps", "study")["groups"]}
@@ -221,7 +251,7 @@ def stability():
 @pytest.mark.parametrize(
     "said",
     [
-        *(verdicts, real_models, real_figure_1, real_baselines, search_steps),
+        *(verdicts, real_models, real_figure_1, real_multiplicity, real_baselines, judge, search_steps),
         *(baselines, replicates, audits, anomaly, stability),
     ],
     ids=lambda said: said.__name__,
@@ -245,8 +275,8 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     competing = recorded("real_baselines", "study")["methods"]
     rate = {name: percent(of["success"]["mean"]) for name, of in competing.items()}
     assert (
-        f"| the 1.5B within one bound on damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | power steering "
-        f"{rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
+        f"| the 1.5B within one bound on damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | "
+        f"power steering {rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
     ) in README
     for stem, what in (("auditing", "planted secrets"), ("hidden_sums", "locked abilities")):
         counts, of = audited(stem), recorded(stem)["organisms"]
