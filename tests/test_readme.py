@@ -130,8 +130,8 @@ def real_multiplicity():
         f"{counts['random']} of 64 random ones."
     )
     yield (
-        f"{dct['qualifying']} vectors score at least 0. Their mean absolute cosine is {dct['mean_abs_cosine']:.2f}; "
-        f"that of random directions is {found['random_abs_cosine']:.2f}."
+        f"{dct['qualifying']} of the vectors score at least 0, and their mean absolute cosine is "
+        f"{dct['mean_abs_cosine']:.2f}."
     )
     for label, rate in found["answered"].items():
         ends = f"{percent(rate['low'])} to {percent(rate['high'])}"
@@ -146,8 +146,8 @@ def judge():
         for pair, of in pairs.items():
             numbers = " | ".join(f"{of[name]['mean']:.2f}" for name in ("precision", "recall", "kappa"))
             yield f"| {question} | {pair} | {numbers} | {of['kappa']['low']:.2f} to {of['kappa']['high']:.2f} |"
-    for method, of in found["by_method"].items():
-        yield f"| {method} | " + " | ".join(percent(of[who]) for who in ("judge", "reader 1", "reader 2")) + " |"
+    for condition, of in found["by_condition"].items():
+        yield f"| {condition} | " + " | ".join(percent(of[who]) for who in ("judge", "reader 1", "reader 2")) + " |"
 
 
 def search_steps():
