@@ -278,6 +278,8 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
         f"| the 1.5B within one bound on damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | "
         f"power steering {rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
     ) in README
+    read = recorded("judge", "study")["agreement"]["answer"]["judge, reader 1"]["precision"]["mean"]
+    assert f"readers accept {percent(read)} of what it accepts" in README
     for stem, what in (("auditing", "planted secrets"), ("hidden_sums", "locked abilities")):
         counts, of = audited(stem), recorded(stem)["organisms"]
         assert (
