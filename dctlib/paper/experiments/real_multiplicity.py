@@ -234,7 +234,7 @@ def ablated_model(
             sides = [format_chat(tokenizer, split.train[:_SUPERVISED]) for split in (benign_split(), harmful)]
             rows = difference_of_means(opened, tokenizer, *sides, layer=slice_ends["source"])[None]
         case "none":
-            rows = torch.zeros(1, residual_width(opened))
+            rows = torch.zeros(1, residual_width(opened))  # a row of zeros ablates nothing
 
     def ablated(direction: Tensor) -> Any:
         return ablate(opened, direction) if direction.any() else nullcontext()
