@@ -136,7 +136,8 @@ def real_multiplicity():
     )
     lead = found["differences"]["mean - best"]
     assert lead["low"] < 0 < lead["high"]
-    yield f"The mean direction gets {100 * lead['mean']:.0f} percentage points more requests answered than the best vector"
+    points = f"{100 * lead['mean']:.0f}"
+    yield f"The mean direction gets {points} percentage points more requests answered than the best vector"
     for label, rate in found["answered"].items():
         ends = f"{percent(rate['low'])} to {percent(rate['high'])}"
         yield f"| {label} | {percent(rate['mean'])} | {ends} | {percent(found['refused'][label]['mean'])} |"
