@@ -2,7 +2,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dctlib.evaluation import instructions
 from dctlib.evaluation.instructions import load_benign, read_instructions, shuffled, split, split_instructions
 
 
@@ -22,7 +21,7 @@ def test_lines_of_a_file_are_instructions(tmp_path):
 def test_a_file_is_looked_up_here_first_and_then_in_the_clone(tmp_path, monkeypatch):
     (tmp_path / "clone").mkdir()
     (tmp_path / "mine.txt").write_text("here")
-    monkeypatch.setattr(instructions, "ROOT", tmp_path / "clone")
+    monkeypatch.setattr("dctlib._io.ROOT", tmp_path / "clone")
     for name in ("mine.txt", "other.txt"):
         (tmp_path / "clone" / name).write_text("there")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The labels of readers, writeup/judge_labels.csv, beside the records of the completions."""
+"""The labels of readers, records/study/judge/labels.csv, beside the records of the completions."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from dctlib._io import ROOT
 
-LABELS = pd.read_csv(ROOT / "writeup" / "judge_labels.csv")
+LABELS = pd.read_csv(ROOT / "records" / "study" / "judge" / "labels.csv")
 
 
 def test_each_completion_has_one_label_of_each_reader():
