@@ -24,10 +24,10 @@ def test_measures_are_those_of_scikit_learn_and_lie_in_their_intervals():
 def test_completions_of_one_request_are_drawn_together():
     """Ten copies of each completion say no more than one."""
     judged, labelled = labels(20)
-    ten_times = [np.repeat(each, 10).tolist() for each in (judged, labelled)]
+    judged_often, labelled_often = (np.repeat(each, 10).tolist() for each in (judged, labelled))
     once = agreement(judged.tolist(), labelled.tolist(), range(20))
-    copied = agreement(*ten_times, np.repeat(range(20), 10).tolist())
-    of_own_requests = agreement(*ten_times, range(200))
+    copied = agreement(judged_often, labelled_often, np.repeat(range(20), 10).tolist())
+    of_own_requests = agreement(judged_often, labelled_often, range(200))
     for name, each in copied.items():
         assert vars(each) == pytest.approx(vars(once[name]))
         assert of_own_requests[name].high - of_own_requests[name].low < 0.6 * (each.high - each.low)

@@ -23,9 +23,9 @@ def test_verdicts_are_those_of_the_records_where_the_completions_are(size):
     (record,) = [each for each in ours if f"-{size.lower()}-" in each["setting"]["model"]["model"]]
     same = 0
     for kind, verdicts in record["result"]["test"].items():
-        rows = LABELS[LABELS["condition"] == f"{size}, {kind}"]
-        for row, verdict in zip(rows.itertuples(), verdicts, strict=True):
-            if row.sha256 == verdict["sha256"]:
+        labelled = [row for row in LABELS.to_dict("records") if row["condition"] == f"{size}, {kind}"]
+        for row, verdict in zip(labelled, verdicts, strict=True):
+            if row["sha256"] == verdict["sha256"]:
                 same += 1
-                assert (row.refused, row.answers) == (verdict["refused"], verdict["compliant"])
+                assert (row["refused"], row["answers"]) == (verdict["refused"], verdict["compliant"])
     assert same > 48, "most completions are those of the record"
