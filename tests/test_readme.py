@@ -283,6 +283,14 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
         f"| the 1.5B within one bound on damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | "
         f"power steering {rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
     ) in README
+    many = recorded("real_multiplicity", "study")
+    unlock = {kind: sum(share >= 0.5 for share in of["answered"]) for kind, of in many["vectors"].items()}
+    assert f"| the same: vectors of one fit that unlock it, of 64 | {unlock['DCT']} | {unlock['random']} | |" in README
+    rates = {label: percent(of["mean"]) for label, of in many["answered"].items()}
+    assert (
+        f"| the same: requests answered while one direction is ablated, of 100 | {rates['target, ablated']} | "
+        f"{rates['random, ablated']} | unsteered {rates['unsteered']} |"
+    ) in README
     read = recorded("judge", "study")["agreement"]["answer"]["judge, reader 1"]["precision"]["mean"]
     assert f"readers accept {percent(read)} of what it accepts" in README
     for stem, what in (("auditing", "planted secrets"), ("hidden_sums", "locked abilities")):
