@@ -121,10 +121,15 @@ def real_baselines():
         )
 
 
+def unlocking(found):
+    """Return how many vectors of each kind get at least half of the requests answered."""
+    return {kind: sum(share >= 0.5 for share in of["answered"]) for kind, of in found["vectors"].items()}
+
+
 def real_multiplicity():
     """How many vectors unlock the 1.5B, and rows of what single directions do."""
     found = recorded("real_multiplicity", "study")
-    counts = {kind: sum(share >= 0.5 for share in of["answered"]) for kind, of in found["vectors"].items()}
+    counts = unlocking(found)
     dct = found["vectors"]["DCT"]
     yield (
         f"At least half of 16 requests are answered under {counts['DCT']} of the 64 vectors, and under "
@@ -284,7 +289,7 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
         f"power steering {rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
     ) in README
     many = recorded("real_multiplicity", "study")
-    unlock = {kind: sum(share >= 0.5 for share in of["answered"]) for kind, of in many["vectors"].items()}
+    unlock = unlocking(many)
     assert f"| the same: vectors of one fit that unlock it, of 64 | {unlock['DCT']} | {unlock['random']} | |" in README
     rates = {label: percent(of["mean"]) for label, of in many["answered"].items()}
     assert (

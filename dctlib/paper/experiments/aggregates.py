@@ -1,6 +1,6 @@
 """Scores under single directions, and under their aggregates: the mean and the first singular direction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,11 +90,23 @@ def ablate_each(
     description: str = "ablating directions",
 ) -> AggregateScores:
     """Score `test` texts with each direction and each aggregate ablated (Tables 4 and 5)."""
+    directions = tqdm([*rows, *aggregates(rows)], desc=description)
+    return _aggregate_scores(score_ablated(model, tokenizer, directions, test), rows)
+
+
+def score_ablated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directions: Iterable[Float[Tensor, " d"]],
+    texts: Sequence[str],
+    **words: str,
+) -> Float[Tensor, "k n"]:
+    """Score `texts` with each direction ablated. `words` are those of :func:`dctlib.steering.scoring.score_texts`."""
     scores = []
-    for direction in tqdm([*rows, *aggregates(rows)], desc=description):
+    for direction in directions:
         with ablate(model, direction):
-            scores.append(score_texts(model, tokenizer, test))
-    return _aggregate_scores(torch.stack(scores), rows)
+            scores.append(score_texts(model, tokenizer, texts, **words))
+    return torch.stack(scores)
 
 
 def _aggregate_scores(

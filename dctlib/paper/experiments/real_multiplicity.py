@@ -18,7 +18,7 @@ from dctlib.maps.orthogonalise import normalise
 from dctlib.models.blocks import residual_width
 from dctlib.models.chat import format_chat
 from dctlib.models.fingerprint import model_key
-from dctlib.paper.experiments.aggregates import aggregates, qualifying_vectors
+from dctlib.paper.experiments.aggregates import aggregates, qualifying_vectors, score_ablated
 from dctlib.paper.experiments.real_models import judge_texts, open_model
 from dctlib.paper.experiments.sample_complexity import draw_instructions, scale_and_refusal_token
 from dctlib.runs.cache import Setting, Task, task
@@ -234,24 +234,23 @@ def ablated_model(
             sides = [format_chat(tokenizer, split.train[:_SUPERVISED]) for split in (benign_split(), harmful)]
             rows = difference_of_means(opened, tokenizer, *sides, layer=slice_ends["source"])[None]
         case "none":
-            rows = torch.zeros(1, residual_width(opened))  # a row of zeros ablates nothing
+            rows = None
 
-    def ablated(direction: Tensor) -> Any:
-        return ablate(opened, direction) if direction.any() else nullcontext()
-
-    def score(direction: Tensor) -> float:
-        with ablated(direction):
-            return score_texts(opened, tokenizer, texts, negative=refusal_token).mean().item()
+    def scores_of(directions: Tensor) -> list[float]:
+        return score_ablated(opened, tokenizer, directions, texts, negative=refusal_token).mean(1).tolist()
 
     texts = format_chat(tokenizer, harmful.validation[: prompts["answered"]])
-    scores = [score(row) for row in rows]
+    if rows is None:
+        scores = [score_texts(opened, tokenizer, texts, negative=refusal_token).mean().item()]
+    else:
+        scores = scores_of(rows)
     test = harmful.test[: prompts["test"]]
     chats = format_chat(tokenizer, test)
-    with ablated(rows[scores.index(max(scores))]):
+    with nullcontext() if rows is None else ablate(opened, rows[scores.index(max(scores))]):
         completions = generate_completions(opened, tokenizer, chats, max_new_tokens=answer_tokens, progress=False)
     return {
         "scores": scores,
-        "aggregates": [score(row) for row in aggregates(rows)] if len(rows) > 1 else [],
+        "aggregates": [] if rows is None or len(rows) == 1 else scores_of(aggregates(rows)),
         "verdicts": judge_texts(opened, tokenizer, test, completions, shown_characters),
     }
 

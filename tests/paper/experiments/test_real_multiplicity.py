@@ -8,6 +8,7 @@ from tiny import tiny_model
 
 from dctlib.evaluation.instructions import Split
 from dctlib.fits.baselines import random_vectors
+from dctlib.paper.experiments import aggregates
 from dctlib.paper.experiments import real_multiplicity as study
 from dctlib.paper.experiments.real_multiplicity import (
     ablated_model,
@@ -49,8 +50,8 @@ def llama(monkeypatch, tokenizer):
     monkeypatch.setattr(study, "benign_split", lambda: Split(REQUESTS[20:30], [], [], []))
     monkeypatch.setattr(study, "scale_and_refusal_token", lambda *_: (3.0, "w9"))
     monkeypatch.setattr(study, "draw_instructions", lambda *_: tuple(REQUESTS[:2]))
-    for name in ("score_vectors", "score_texts"):
-        monkeypatch.setattr(study, name, partial(getattr(study, name), positive="w8"))
+    for module, name in ((study, "score_vectors"), (study, "score_texts"), (aggregates, "score_texts")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), positive="w8"))
     for remembered in (study._scored_fit, study._wide_fit):
         remembered.cache_clear()
     yield model
