@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dctlib._io import ROOT
@@ -81,8 +82,9 @@ def run_study(
 ) -> None:
     """Compute the cells that have no record, one after another, and record each as soon as it is finished.
 
-    Ctrl-C or SIGTERM stops the queue; the cell that was running is computed again by the next call, as it is after a
-    kill. A cell that fails is named and left out; the third one ends the queue.
+    Several processes share the queue: each leaves out what another one is computing. Ctrl-C or SIGTERM stops a process;
+    the cell that was running is computed again by the next call, as it is after a kill. A cell that fails is named and
+    left out; the third one ends the process.
 
     Parameters
     ----------
@@ -107,10 +109,12 @@ def run_study(
                 if minutes is not None and time.monotonic() - start >= 60 * minutes:
                     break
                 bar.set_description(cell.label)
-                if cell.path.exists():  # another process, or `git pull`, has brought it meanwhile
-                    continue
                 try:
-                    record_cell(cell.task, cell.setting, folder=cell.folder)
+                    with FileLock(root / ".cache" / "study" / f"{cell.path.stem}.lock", blocking=False):
+                        if not cell.path.exists():  # unless another process, or `git pull`, has brought it meanwhile
+                            record_cell(cell.task, cell.setting, folder=cell.folder)
+                except Timeout:
+                    continue  # another process computes it
                 except Exception as error:
                     failures.append(f"{cell.label}({dict(cell.setting)}): {type(error).__name__}: {error}")
                     bar.write(failures[-1], file=sys.stderr)

@@ -3,6 +3,7 @@ import signal
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from dctlib._io import ROOT
 from dctlib.paper import study
@@ -61,6 +62,17 @@ def test_the_queue_records_every_cell_in_order_and_then_has_nothing_to_do(toy, c
     )
     run_study(root=root)
     assert CALLS == [2, 0, 1]
+
+
+def test_a_cell_that_another_process_computes_is_left_to_it(toy, capsys):
+    root = toy([0, 1])
+    claimed, _ = study_cells(root=root)
+    with FileLock(root / ".cache" / "study" / f"{claimed.path.stem}.lock"):
+        run_study(root=root)
+    assert CALLS == [1]
+    assert "1 of 2 cells are recorded, 1 remain." in capsys.readouterr().out
+    run_study(root=root)  # a lock that its process has left claims nothing
+    assert CALLS == [1, 0]
 
 
 def test_one_stage_is_worked_on_alone(toy, capsys):
