@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dctlib.models.blocks import eager_attention, get_blocks, output_residual, split_residual, unwrap
+from dctlib.models.trace import probe_tokens
 from dctlib.steering.hooks import steer
 
 # Without a sliding window these compute what a Llama model does. Its config allows biases that theirs do not.
@@ -137,9 +138,8 @@ def _run(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
         hook = blocks[-1].register_forward_hook(after)
     else:
         hook = blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
-    tokens = torch.arange(1, 9, device=model.device)[None]
     with hook, torch.no_grad():
-        logits = model(tokens, use_cache=False).logits
+        logits = model(probe_tokens(model), use_cache=False).logits
     return caught[0], logits
 
 

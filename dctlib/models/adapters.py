@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dctlib.models.blocks import tolerance
+from dctlib.models.plain_copy import untie
 from dctlib.models.sources import Source
 from dctlib.models.trace import probe_tokens
 
@@ -89,8 +90,8 @@ def merge_adapter(model: PreTrainedModel, source: Source) -> PreTrainedModel:
         if report.missing_keys or homeless:
             raise ValueError(f"missing {report.missing_keys[:3]}, without a place {homeless[:3]}")
         expected = _probe(adapted, model)
-        if len(changed) == 1:
-            _untie(model, adapted)
+        if len(changed) == 1 and untie(adapted):  # the adapter changes one of two tied embeddings alone
+            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
         merged: Any = adapted.merge_and_unload()
     except Exception as error:  # whatever peft raises about modules and shapes of another model
         raise ValueError(f"the adapter {name} does not fit {kind}, or cannot be merged into it: {error}") from error
@@ -121,15 +122,3 @@ def _resize_embeddings(model: PreTrainedModel, weights: Path) -> list[str]:
         model.resize_token_embeddings(max(set.union(*rows)), mean_resizing=False)
     own = [name for name in names if ".token_adapter." not in name]  # there, peft changes tied embeddings alike
     return [paths[part] for part in parts if any(f".{paths[part]}." in name for name in own)]
-
-
-def _untie(model: Any, adapted: nn.Module) -> None:
-    """Give each module with a tied embedding a weight of its own, because the adapter changes one of them alone."""
-    seen: set[nn.Parameter] = set()
-    for module in adapted.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight in seen:
-            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-        elif weight is not None:
-            seen.add(weight)

@@ -20,7 +20,7 @@ def plain_copy(model: Any) -> PreTrainedModel:
         If an adapter cannot be merged, such as one that adds tokens to the prompt.
     """
     copied = copy.deepcopy(unwrap(model))
-    tied = _untie(copied)
+    tied = untie(copied)
     for path, module in reversed(list(copied.named_modules())):  # inner ones first
         vars(module).pop("_compiled_call", None)  # bound to the original, as is a compiled forward
         if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
@@ -39,7 +39,7 @@ def has_adapters(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
-def _untie(model: nn.Module) -> bool:
+def untie(model: nn.Module) -> bool:
     """Give every module weights of its own, and return whether some were shared."""
     seen: set[int] = set()
     tied = False
