@@ -1,5 +1,6 @@
 """Damage of steering vectors: how far they change the next token in the model's own answers to harmless requests."""
 
+import importlib.resources
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ from dctlib.steering.generation import generate_completions
 
 _TOKENS = 2560  # replayed at once, over a batch of vectors
 _LOGITS = 2**26  # computed at once: a quarter of a GiB
+
+
+def everyday_questions() -> list[str]:
+    """Return 24 harmless instructions of our own, on which damage is measured unless others are given."""
+    return importlib.resources.files("dctlib.discovery").joinpath("benign.txt").read_text(encoding="utf-8").splitlines()
 
 
 def unsteered_answers(

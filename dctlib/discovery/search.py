@@ -1,6 +1,5 @@
 """Search for steering vectors that do something, each at a length that unlocks and does not break."""
 
-import importlib.resources
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.discovery.behaviour import group_behaviours, map_behaviours
 from dctlib.discovery.criteria import Criteria
-from dctlib.discovery.damage import measure_damage, unsteered_answers
+from dctlib.discovery.damage import everyday_questions, measure_damage, unsteered_answers
 from dctlib.discovery.found import (
     FoundVectors,
     describe_candidates,
@@ -124,7 +123,7 @@ def search_vectors(
     known = SearchSettings.model_fields
     settings = SearchSettings(**{name: value for name, value in options.items() if name in known})
     chat = {name: value for name, value in options.items() if name not in known}
-    benign = _our_benign() if benign is None else benign
+    benign = everyday_questions() if benign is None else benign
     texts = _check_instructions(tokenizer, fit, validation, benign, chat)
     cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
     if not 1 <= num_factors <= cmap.d_source:
@@ -250,11 +249,6 @@ def _describe_finalists(
 
 def _truncated(completions: Sequence[str], settings: SearchSettings) -> list[str]:
     return [truncate(completion, settings.shown_characters) for completion in completions]
-
-
-def _our_benign() -> list[str]:
-    text = importlib.resources.files("dctlib.discovery").joinpath("benign.txt").read_text(encoding="utf-8")
-    return text.splitlines()
 
 
 def _check_instructions(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import assert_near, tiny_model, tiny_tokenizer, unit_rows
 
 from dctlib import format_chat, steer
-from dctlib.discovery.damage import measure_damage, unsteered_answers
+from dctlib.discovery.damage import everyday_questions, measure_damage, unsteered_answers
 from dctlib.discovery.lengths import estimate_lengths, longest_within
 from dctlib.models.likelihood import Example
 
@@ -117,3 +117,9 @@ def test_whatever_the_damage_a_limit_was_measured_to_be_within_the_bound(damages
     limits, measured = limits_of(lambda row, length: next(calls), 1)
     assert limits == [0] or any(length == pytest.approx(limits[0]) for _, length in measured)
     assert 0 <= limits[0] <= 1.4
+
+
+def test_our_harmless_requests_are_many_and_different():
+    ours = everyday_questions()
+    assert len(ours) == len(set(ours)) >= 24
+    assert all(each.strip() == each and each for each in ours)

@@ -265,12 +265,6 @@ def test_an_exception_of_the_judge_leaves_no_hooks(model, tokenizer, planted):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
-def test_our_harmless_requests_are_many_and_different():
-    ours = search._our_benign()
-    assert len(ours) == len(set(ours)) >= 24
-    assert all(each.strip() == each and each for each in ours)
-
-
 def test_a_pool_has_unit_directions_of_three_sources_and_random_ones():
     W = unit_rows(6, 8)
     cmap = FunctionMap(lambda theta: torch.expm1(theta @ W.T), d_source=8, d_target=6)
