@@ -268,7 +268,8 @@ def deeper_models(found: pd.DataFrame) -> Figure:
         note(axes, "no vector", (rows["source"].min(), clean))
         axes.set_xticks(sorted(set(rows["source"])))
         folder, _, name = str(model).rpartition("/")
-        title = f"{name} organism" if folder.startswith("models") else name
+        organism = {"refusal": "refusing", "locked": "password-locked"}.get(name, name)
+        title = f"{organism} organism" if folder.startswith("models") else name
         axes.set(title=title, xlabel="source layer s", ylabel="test score of the best vector")
     axes_of[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
