@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sklearn.cluster import AgglomerativeClustering
 from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from dctlib.fits.compare import cosine_clusters
 from dctlib.models.chat import Instruction, last_user_turn
 
 _SAME = 0.5  # mean similarity within a group
@@ -46,15 +46,9 @@ def group_behaviours(requests: Sequence[Instruction], completions: Sequence[Sequ
 
     Groups are those of average linkage at a mean similarity of 0.5, see :func:`word_features`.
     """
-    if len(completions) < 2:
-        return [1] * len(completions)
-    features = word_features(requests, completions)
-    distances = (1 - features @ features.T).clamp(min=0).fill_diagonal_(0).numpy()
-    within: Any = {"n_clusters": None, "distance_threshold": 1 - _SAME}
-    clustering = AgglomerativeClustering(**within, metric="precomputed", linkage="average")
-    labels = clustering.fit_predict(distances).tolist()
-    order = list(dict.fromkeys(labels))
-    return [order.index(label) + 1 for label in labels]
+    if not completions:
+        return []
+    return [number + 1 for number in cosine_clusters(word_features(requests, completions), cosine=_SAME)]
 
 
 def map_behaviours(requests: Sequence[Instruction], completions: Sequence[Sequence[str]]) -> Float[Tensor, "k 2"]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dctlib.maps.causal import CausalMap
-from dctlib.models.blocks import get_blocks, output_residual, residual_width
+from dctlib.models.blocks import get_blocks, residual_width
 from dctlib.models.chat import format_chat
 from dctlib.models.logits import compute_logits
 from dctlib.models.trace import probe_tokens, trace_model
@@ -103,9 +103,5 @@ def _check_export(model: PreTrainedModel, _tokenizer: PreTrainedTokenizerBase) -
 
 
 def _residuals(model: PreTrainedModel) -> list[Tensor]:
-    """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens; they include what :func:`dctlib.steer` adds.
-
-    They are on the CPU, because the blocks of a model may lie on several devices.
-    """
-    trace = trace_model(model)
-    return [each.cpu() for each in (*trace.inputs, output_residual(trace.blocks[-1].output))]
+    """Return h_0 … h_blocks, (1, tokens, d) each, for a few tokens, on the CPU; they include what steering adds."""
+    return [each.cpu() for each in trace_model(model).residuals]

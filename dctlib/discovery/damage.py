@@ -9,15 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.maps.replay import capture, replay
-from dctlib.models.blocks import eager_attention, get_blocks
 from dctlib.models.chat import Instruction, format_chat
 from dctlib.models.likelihood import Example, pack_answers
 from dctlib.models.logits import compute_logits
 from dctlib.steering.generation import generate_completions
-
-_TOKENS = 2560  # replayed at once, over a batch of vectors
-_LOGITS = 2**26  # computed at once: a quarter of a GiB
+from dctlib.steering.last_token import replay_at
 
 
 def everyday_questions() -> list[str]:
@@ -54,7 +50,6 @@ def unsteered_answers(
     return [Example(text, answer, ends=can_end and not answer.strip()) for text, answer in pairs]
 
 
-@torch.no_grad()
 def measure_damage(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,23 +77,16 @@ def measure_damage(
     """
     if not len(vectors):
         return torch.zeros(0)
-    blocks = list(get_blocks(model))[layer:]
-    vectors = vectors.to(model.device)
-    total, count = torch.zeros(len(vectors), dtype=torch.float64), 0
-    with eager_attention(model), torch.compiler.set_stance("force_eager"):
-        for tree, starts in pack_answers(model, tokenizer, examples):
-            prompts = capture(model, tree, source=layer, target=layer + len(blocks))
-            before = torch.cat([path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)])
-            unsteered = _log_probabilities(model, replay(blocks, prompts, 0 * vectors[:1])[0, before])
-            at_once = min(_TOKENS // tree.tokens.shape[1], _LOGITS // unsteered.numel())
-            damages = []
-            for batch in vectors.split(max(1, at_once)):
-                steered = _log_probabilities(model, replay(blocks, prompts, batch)[:, before])
-                damages.append(torch.sum(steered.exp() * (steered - unsteered), (1, 2)).double().cpu())
-            total += torch.cat(damages)
-            count += len(before)
-    return (total / count).float()
 
+    def read(residual: Tensor) -> Tensor:
+        return compute_logits(model, residual).log_softmax(-1)
 
-def _log_probabilities(model: PreTrainedModel, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
-    return compute_logits(model, hidden).log_softmax(-1)
+    def divergence(steered: Tensor, unsteered: Tensor) -> Tensor:
+        return torch.sum(steered.exp() * (steered - unsteered), (1, 2)).double()
+
+    positions = [
+        (tree, torch.cat([path[start - 1 : -1] for path, start in zip(tree.paths, starts, strict=True)]))
+        for tree, starts in pack_answers(model, tokenizer, examples)
+    ]
+    total = sum(replay_at(model, positions, vectors, read, compare=divergence, layer=layer))
+    return torch.as_tensor(total / sum(len(each) for _, each in positions)).float()

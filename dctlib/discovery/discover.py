@@ -84,9 +84,7 @@ class DiscoveryPaths:
         )
 
 
-def discover(
-    options: DiscoverOptions, paths: DiscoveryPaths, *, progress: bool = True
-) -> tuple[FoundVectors, DiscoveryPaths]:
+def discover(options: DiscoverOptions, paths: DiscoveryPaths) -> tuple[FoundVectors, DiscoveryPaths]:
     """Search for the steering vectors of a model, and write what was found to `paths`.
 
     The steps are those of notebooks/discover.ipynb. A search is remembered in ``paths.cache``, so another ranking of
@@ -104,16 +102,11 @@ def discover(
         If an option does not fit the model, the prompts or `paths`, before anything is fitted; or as
         :func:`dctlib.search_vectors`.
     """
-
-    def announce(text: str) -> None:
-        if progress:
-            tqdm.write(text, file=sys.stderr)
-
     fitted, validation = split_instructions(
         read_instructions(options.prompts, column=options.column), fit=options.fit_prompts, held_out=options.validation
     )
     check_replaceable(paths.shared)
-    announce(f"load {options.model}")
+    _announce(f"load {options.model}")
     device = None if options.device == "auto" else options.device
     model, tokenizer = load_model(options.model, device=device, dtype=options.dtype)
     source, target = choose_slice(len(get_blocks(model)), options.source, options.target)
@@ -128,15 +121,15 @@ def discover(
     first, paths = paths, paths.for_search(key)
     check_replaceable(paths.shared)
     if paths != first:
-        announce(f"{_shown(first.runs)} holds another search, so this one goes to {_shown(paths.runs)}")
+        _announce(f"{_shown(first.runs)} holds another search, so this one goes to {_shown(paths.runs)}")
 
     def search() -> dict[str, Any]:
-        announce(f"search {source} → {target}: fit {len(fitted)} instructions, validate on {len(validation)} others")
-        options_of_search = settings | {"progress": progress, **options.chat}
+        _announce(f"search {source} → {target}: fit {len(fitted)} instructions, validate on {len(validation)} others")
+        options_of_search = settings | options.chat
         return search_vectors(model, tokenizer, fit=fitted, validation=validation, **options_of_search).to_result()
 
     if stored := read_results(paths.cache, [key]):
-        announce(f"this search is remembered: only its vectors are ranked again, by {options.rank_by}")
+        _announce(f"this search is remembered: only its vectors are ranked again, by {options.rank_by}")
     result = stored.get(key) or remember(paths.cache, key, search)
     found = FoundVectors.from_result(result).sorted_by(options.rank_by)
 
@@ -159,6 +152,10 @@ def discover(
     save_folder(paths.shared, found.vectors, rows, **facts, texts=texts)
     write_explorer(paths.explorer, page)
     return found, paths
+
+
+def _announce(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
 
 
 def _search_of(results: Path) -> str | None:

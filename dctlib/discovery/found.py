@@ -83,9 +83,8 @@ class FoundVectors:
     @property
     def random(self) -> float:
         """The best ``held_out`` of a random direction, searched like the others; NaN if none got that far."""
-        reached = zip(self.candidates["source"], self.candidates["held_out"], strict=True)
-        scores = [score for source, score in reached if source == RANDOM and not math.isnan(score)]
-        return max(scores, default=math.nan)
+        scores: Any = self.candidates["held_out"][self.candidates["source"] == RANDOM]
+        return float(scores.max())
 
     def sorted_by(self, column: str) -> "FoundVectors":
         """Return a copy with the vectors found sorted by a column, best first: least damage, or else largest value."""
@@ -156,7 +155,8 @@ class FoundVectors:
         return "They make it say much the same. " if groups == 1 else f"They form {groups} behaviours. "
 
     def _withheld(self) -> str:
-        share = max((each for each in self.candidates["withheld"] if not math.isnan(each)), default=math.nan)
+        column: Any = self.candidates["withheld"]
+        share = float(column.max())
         return "an unknown share" if math.isnan(share) else f"{share:.0%}"
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -84,13 +85,6 @@ def find_candidates(
     }
     directions = torch.cat([normalise(rows.cpu().float()) for rows in found.values()])
     sources = [name for name, rows in found.items() for _ in rows]
-    first = _first_of_equals(directions)
+    # Rows that are only close stay, because their effects may differ.
+    first = pd.DataFrame(directions.numpy()).drop_duplicates().index.tolist()
     return Pool(directions[first], [sources[row] for row in first], R)
-
-
-def _first_of_equals(rows: Float[Tensor, "m d"]) -> list[int]:
-    """Return the rows that equal no earlier row. Rows that are only close stay, because their effects may differ."""
-    first: dict[bytes, int] = {}
-    for number, row in enumerate(rows):
-        first.setdefault(row.numpy().tobytes(), number)
-    return [*first.values()]

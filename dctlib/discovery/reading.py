@@ -59,13 +59,9 @@ class Reading:
         """Return how much each vector changes: the mean change of its worst three quarters."""
         return _consistent(self.grades.change)
 
-    def keys(self) -> list[tuple[float, float]]:
-        """Return what vectors are sorted by: their score, then how much they change."""
-        return list(zip(self.scores(), self.changes(), strict=True))
-
     def order(self) -> list[int]:
-        """Return the rows of the vectors, best first."""
-        keys = self.keys()
+        """Return the rows of the vectors, best first: by their score, then by how much they change."""
+        keys = list(zip(self.scores(), self.changes(), strict=True))
         return sorted(range(len(keys)), key=lambda row: keys[row], reverse=True)
 
     def shown(self, prompts: slice) -> list[int]:

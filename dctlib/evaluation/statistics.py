@@ -22,7 +22,7 @@ class Interval:
     high: float
 
 
-def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """Return the mean of `values` with its 95 % interval (percentile bootstrap, 9,999 resamples).
 
     Raises
@@ -33,7 +33,7 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size < 2:
         raise ValueError(f"got {array.size} values, expected at least 2 to resample")
-    found = bootstrap((array,), np.mean, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
+    found = bootstrap((array,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
     return Interval(float(array.mean()), float(found.low), float(found.high))
 
 
@@ -108,7 +108,7 @@ class Curve:
         return Interval(found.mean, found.mean - unseen * (1 + found.mean), found.mean + unseen * (1 - found.mean))
 
 
-def success_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
+def success_at_k(success: Bool[Tensor, "*models m n"]) -> Curve:
     """Return how often one of the first k of m ranked vectors succeeds, averaged over n prompts.
 
     Parameters
@@ -116,8 +116,6 @@ def success_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curv
     success : Tensor of bool, (m, n) or (models, m, n)
         Whether each vector succeeds on each prompt, best-ranked vector first; ranked on other prompts. A prompt's rate
         is the mean over models, so the interval is for these models and other prompts.
-    seed : int
-        Seed of the resampling.
 
     Raises
     ------
@@ -125,10 +123,10 @@ def success_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curv
         If it is not of bool, with at least two prompts to resample.
     """
     _check(success)
-    return _curve(success.double().cummax(-2).values, seed)
+    return _curve(success.double().cummax(-2).values)
 
 
-def pass_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
+def pass_at_k(success: Bool[Tensor, "*models m n"]) -> Curve:
     """Return how often one of k of m unordered tries succeeds, averaged over n prompts.
 
     Tries are samples at a temperature, or random vectors. The rate over all choices of k tries is
@@ -139,8 +137,6 @@ def pass_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
     ----------
     success : Tensor of bool, (m, n) or (models, m, n)
         Whether each try succeeds on each prompt; several models as in :func:`success_at_k`.
-    seed : int
-        Seed of the resampling.
 
     Raises
     ------
@@ -151,14 +147,14 @@ def pass_at_k(success: Bool[Tensor, "*models m n"], *, seed: int = 0) -> Curve:
     m = success.shape[-2]
     k = np.arange(1, m + 1)[:, None]
     succeeding = success.sum(-2, keepdim=True).cpu().numpy()
-    return _curve(torch.as_tensor(hypergeom.sf(0, m, succeeding, k)), seed)
+    return _curve(torch.as_tensor(hypergeom.sf(0, m, succeeding, k)))
 
 
-def _curve(rates: Float[Tensor, "*models m n"], seed: int) -> Curve:
+def _curve(rates: Float[Tensor, "*models m n"]) -> Curve:
     each = rates.cpu().reshape(-1, *rates.shape[-2:]).mean(0)
     array = each.numpy()
     n = array.shape[1]
-    times_drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    times_drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     low, high = np.quantile(times_drawn @ array.T / n, [0.025, 0.975], axis=0)
     mean = array.mean(1)
     alike = np.ptp(array, axis=1) == 0

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dctlib.models.blocks import eager_attention, get_blocks, output_residual, split_residual, unwrap
-from dctlib.models.trace import probe_tokens
+from dctlib.models.blocks import eager_attention, get_blocks, unwrap
+from dctlib.models.trace import trace_model
 from dctlib.steering.hooks import steer
 
 # Without a sliding window these compute what a Llama model does. Its config allows biases that theirs do not.
@@ -125,22 +125,8 @@ def _as_llama(model: PreTrainedModel) -> PreTrainedModel | None:
 
 def _run(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
     """Return h_layer and the logits of a few tokens."""
-    caught: list[Tensor] = []
-    blocks = get_blocks(model)
-
-    def before(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        caught.append(split_residual(args, kwargs)[0].clone())
-
-    def after(_block: nn.Module, _args: tuple, output: Any) -> None:
-        caught.append(output_residual(output).clone())
-
-    if layer == len(blocks):
-        hook = blocks[-1].register_forward_hook(after)
-    else:
-        hook = blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
-    with hook, torch.no_grad():
-        logits = model(probe_tokens(model), use_cache=False).logits
-    return caught[0], logits
+    trace = trace_model(model)
+    return trace.residuals[layer], trace.logits
 
 
 @torch.no_grad()

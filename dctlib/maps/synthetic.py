@@ -39,7 +39,6 @@ def synthetic_map(
     linear: float = 0.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    chunk_size: int = 1024,
 ) -> SyntheticMap:
     """Return a map with `count` planted factors in `d` dimensions, to measure what a fit recovers.
 
@@ -65,4 +64,4 @@ def synthetic_map(
         change = (activate(theta @ V.T, activation) * alpha) @ U
         return change if T1 is None else change + theta @ T1.T
 
-    return SyntheticMap(U, V, alpha, FunctionMap(function, d_source=d, d_target=d, dtype=dtype, chunk_size=chunk_size))
+    return SyntheticMap(U, V, alpha, FunctionMap(function, d_source=d, d_target=d, dtype=dtype))

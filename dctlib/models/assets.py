@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -251,21 +252,12 @@ def _check_resources(name: str) -> None:
     free = shutil.disk_usage(ROOT).free
     if free < needed:
         raise ValueError(f"{name} takes {_gigabytes(needed)} on the disk of {ROOT}, which has {_gigabytes(free)} free")
-    free = _available_memory()
-    if free is not None and free < pinned.memory:
+    free = psutil.virtual_memory().available
+    if free < pinned.memory:
         raise ValueError(
             f"converting {name} takes {_gigabytes(pinned.memory)} of memory and {_gigabytes(free)} are free; end other "
             f"programs, or copy {ROOT / 'models' / name} from a machine that has converted it"
         )
-
-
-def _available_memory() -> int | None:
-    """Return the bytes of memory that a new process can have, or None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _gigabytes(count: int) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dctlib.models.blocks import eager_attention, get_blocks, residual_width, split_residual, unwrap
+from dctlib.models.blocks import eager_attention, get_blocks, output_residual, residual_width, split_residual, unwrap
 
 _PROBE_TOKENS = 6
 
@@ -67,6 +67,11 @@ class Trace:
     blocks: list[Call]
     inputs: list[Float[Tensor, "1 t d"]]
     logits: Float[Tensor, "1 t v"]
+
+    @property
+    def residuals(self) -> list[Float[Tensor, "1 t d"]]:
+        """h_0 … h_blocks. Of a model on several devices, each is where its block lies."""
+        return [*self.inputs, output_residual(self.blocks[-1].output)]
 
 
 def probe_tokens(model: PreTrainedModel) -> Int[Tensor, "1 t"]:

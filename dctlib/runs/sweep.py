@@ -22,6 +22,8 @@ from dctlib._io import sha256
 from dctlib.runs.cache import EncodedResult, Setting, Task, encode_result, read_results, task_key, write_result
 from dctlib.runs.cluster import connect, get_result, max_workers
 
+_ATTEMPTS = 3  # of a task whose process is killed
+
 
 def run_sweep(
     task: Task,
@@ -31,14 +33,15 @@ def run_sweep(
     workers: int | None = None,
     threads: int | None = None,
     gpus: float | None = None,
-    attempts: int = 3,
     ray: str | None = None,
     progress: bool = True,
 ) -> list[Any]:
     """Return ``[task(**setting) for setting in settings]``, several computed at a time, each once.
 
     Each result is written to `folder` as soon as it is computed, so a sweep that was killed resumes. The file is
-    ``<key>.<checksum>.json`` or ``.safetensors``, whole or absent. A damaged file is computed again.
+    ``<key>.<checksum>.json`` or ``.safetensors``, whole or absent. A damaged file is computed again. A task
+    whose process is killed is started again, three times in all. An exception is raised when the tasks that run beside
+    it are finished and stored.
 
     Parameters
     ----------
@@ -57,9 +60,6 @@ def run_sweep(
         Another number of threads rounds differently. Otherwise the number of workers does not change results.
     gpus : float, optional
         GPUs that Ray reserves for each task. By default one where the cluster has any.
-    attempts : int
-        Number of times that a task is started if its process is killed. An exception is not a kill: it is raised when
-        the tasks that run beside it are finished and stored.
     ray : str, optional
         A cluster, as :func:`dctlib.runs.cluster.connect` takes it. Default: the environment's ``RAY_ADDRESS``. Without
         that, and for ``""``, tasks run in processes of this machine.
@@ -77,14 +77,13 @@ def run_sweep(
         If an option is out of range, the task is not a function of a module, a setting or result is not JSON, or a
         node of the cluster has other code than this process.
     RuntimeError
-        If the process of one task was killed in all attempts.
+        If the process of one task was killed three times.
     ImportError
         If a cluster is named and Ray is not installed.
     """
-    if any(count is not None and count < 1 for count in (workers, threads, attempts)) or (gpus or 0) < 0:
+    if any(count is not None and count < 1 for count in (workers, threads)) or (gpus or 0) < 0:
         raise ValueError(
-            f"got workers={workers}, threads={threads}, attempts={attempts}, gpus={gpus}, expected at least 1 of each "
-            f"and at least 0 gpus"
+            f"got workers={workers}, threads={threads}, gpus={gpus}, expected at least 1 of each and at least 0 gpus"
         )
     keys = [task_key(task, setting) for setting in settings]
     results = read_results(folder, keys)
@@ -93,11 +92,11 @@ def run_sweep(
         return [results[key] for key in keys]
     address = os.environ.get("RAY_ADDRESS", "") if ray is None else ray
     if address:
-        workers, runner = _cluster_runner(task, connect(address), workers, threads or 1, gpus, attempts)
+        workers, runner = _cluster_runner(task, connect(address), workers, threads or 1, gpus)
     else:
         workers = workers or 1
         threads = threads or max(1, torch.get_num_threads() // workers)
-        runner = _process_runner(task, workers, threads, attempts)
+        runner = _process_runner(task, workers, threads)
     bar = tqdm(total=len(set(keys)), initial=len(results), desc=task.__name__, disable=not progress)
     with runner as run_task, bar:
 
@@ -121,9 +120,7 @@ def run_sweep(
 
 
 @contextmanager
-def _process_runner(
-    task: Task, workers: int, threads: int, attempts: int
-) -> Iterator[Callable[[Setting], EncodedResult]]:
+def _process_runner(task: Task, workers: int, threads: int) -> Iterator[Callable[[Setting], EncodedResult]]:
     """Yield a function that runs a setting in an idle one of `workers` processes; one worker is this process.
 
     Each process is a pool of its own, because a pool of several breaks as a whole when one of them is killed.
@@ -138,7 +135,7 @@ def _process_runner(
     def run(setting: Setting) -> EncodedResult:
         process = idle.get()
         try:
-            for _ in range(attempts):
+            for _ in range(_ATTEMPTS):
                 try:
                     return process.submit(_run_task, task, threads, setting).result()
                 except BrokenProcessPool:
@@ -146,7 +143,7 @@ def _process_runner(
                     process = _start_process()
         finally:
             idle.put(process)
-        raise RuntimeError(_explain_kill(task, setting, attempts))
+        raise RuntimeError(_explain_kill(task, setting))
 
     try:
         yield run
@@ -173,12 +170,12 @@ def _end_with_driver() -> None:
 
 
 def _cluster_runner(
-    task: Task, ray: Any, workers: int | None, threads: int, gpus: float | None, attempts: int
+    task: Task, ray: Any, workers: int | None, threads: int, gpus: float | None
 ) -> tuple[int, nullcontext[Callable[[Setting], EncodedResult]]]:
     """Return the number of workers and a function that runs a setting on a node; Ray starts it again after a kill."""
     gpus = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
     most = max_workers(ray, cpus=threads, gpus=gpus)
-    options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": attempts - 1, "scheduling_strategy": "SPREAD"}
+    options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": _ATTEMPTS - 1, "scheduling_strategy": "SPREAD"}
     remote = ray.remote(_run_on_node).options(**options)
     code = _digest_code(task)
 
@@ -186,7 +183,7 @@ def _cluster_runner(
         try:
             return get_result(ray, remote.remote(Path.cwd(), code, task, threads, setting))
         except ray.exceptions.RayError as error:
-            raise RuntimeError(_explain_kill(task, setting, attempts)) from error
+            raise RuntimeError(_explain_kill(task, setting)) from error
 
     return workers or most, nullcontext(run)
 
@@ -223,8 +220,8 @@ def _format_call(task: Task, setting: Setting) -> str:
     return f"{task.__name__}({', '.join(f'{name}={value!r}' for name, value in setting.items())})"
 
 
-def _explain_kill(task: Task, setting: Setting, attempts: int) -> str:
+def _explain_kill(task: Task, setting: Setting) -> str:
     return (
-        f"the process of {_format_call(task, setting)} died {attempts} times: memory may be short (use fewer workers), "
-        f"or it cannot import the task (see above); the other results are stored"
+        f"the process of {_format_call(task, setting)} died {_ATTEMPTS} times: memory may be short (use fewer "
+        f"workers), or it cannot import the task (see above); the other results are stored"
     )

@@ -11,7 +11,8 @@ import dctlib.discovery.search as search
 from dctlib import FunctionMap, format_chat, generate_completions, search_vectors
 from dctlib.discovery.damage import measure_damage, unsteered_answers
 from dctlib.discovery.found import FoundVectors, is_above
-from dctlib.discovery.pool import RANDOM, Pool, _first_of_equals, find_candidates
+from dctlib.discovery.pool import RANDOM, Pool, find_candidates
+from dctlib.maps.orthogonalise import normalise
 from dctlib.runs.cache import remember
 
 WORDS = [f"w{i} w{i + 1}" for i in range(0, 40, 2)]
@@ -278,6 +279,10 @@ def test_a_pool_has_unit_directions_of_three_sources_and_random_ones():
     assert torch.equal(pool.directions, again.directions) and pool.input_scale == again.input_scale
 
 
-def test_only_exact_duplicates_are_one_candidate():
+def test_only_exact_duplicates_are_one_candidate(monkeypatch):
     rows = torch.tensor([[1.0, 0.0], [1.0, 1e-6], [1.0, 0.0], [0.0, 1.0]])
-    assert _first_of_equals(rows) == [0, 1, 3]
+    monkeypatch.setattr("dctlib.discovery.pool.random_vectors", lambda *_args, **_options: rows)
+    W = unit_rows(3, 2)
+    cmap = FunctionMap(lambda theta: torch.expm1(theta @ W.T), d_source=2, d_target=3)
+    found = find_candidates(cmap, 2, iterations=1)
+    assert torch.equal(found.directions[found.controls], normalise(rows[[0, 1, 3]]))

@@ -132,9 +132,9 @@ def test_a_worker_that_is_killed_is_started_again_and_changes_no_result(sweep):
 
 
 def test_a_task_that_kills_each_worker_is_named(sweep):
-    with pytest.raises(RuntimeError, match=r"process of dies_at_first\(calls=.*, seed=-1\) died 2 times"):
-        sweep(dies_at_first, [{"seed": 0}, {"seed": -1}], attempts=2)
-    assert calls_of(sweep) == ["0", "_1", "_1"]
+    with pytest.raises(RuntimeError, match=r"process of dies_at_first\(calls=.*, seed=-1\) died 3 times"):
+        sweep(dies_at_first, [{"seed": 0}, {"seed": -1}])
+    assert calls_of(sweep) == ["0", "_1", "_1", "_1"]
 
 
 @task(version=1)

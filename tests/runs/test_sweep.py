@@ -245,7 +245,6 @@ def test_what_a_task_raises_names_its_setting_and_other_results_are_kept(tmp_pat
         (fails, {"seed": float("nan")}, {}, "as JSON"),
         (fails, {"sed": 1}, {}, r"'sed'.*expected arguments of fails"),
         (fails, {"seed": 0}, {"workers": 0}, "workers=0"),
-        (fails, {"seed": 0}, {"attempts": 0}, "attempts=0"),
         (fails, {"seed": 0}, {"threads": 0}, "threads=0"),
     ],
 )
