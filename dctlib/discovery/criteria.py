@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,22 +122,25 @@ class Criteria:
         n = len(texts)
         before = [answer_of(completion) for completion in unsteered]
         answers = [[answer_of(completion) for completion in each] for each in completions]
-        cells = [(row, i) for row in range(len(answers)) for i in range(n)]
         openings = [self._opening(answer) for answer in before]
         common = {opening for opening, count in Counter(openings).items() if count > 1 and 2 * count >= n}
 
-        def is_reopened(row: int, i: int) -> bool:
-            opening = self._opening(answers[row][i])
-            both_refuse = is_refusal(answers[row][i]) and is_refusal(before[i])
+        def is_reopened(i: int, answer: str) -> bool:
+            opening = self._opening(answer)
+            both_refuse = is_refusal(answer) and is_refusal(before[i])
             return opening != openings[i] and opening not in common and not both_refuse
 
-        varied = {(row, i): bool(answers[row][i]) and not is_repetitive(answers[row][i]) for row, i in cells}
-        reopened = {cell: is_reopened(*cell) for cell in cells}
+        def table(verdict: Callable[[int, str], bool]) -> Bool[Tensor, "k n"]:
+            verdicts = [[verdict(i, answer) for i, answer in enumerate(each)] for each in answers]
+            return torch.tensor(verdicts, dtype=torch.bool).view(len(answers), n)
+
+        varied = table(lambda _i, answer: bool(answer) and not is_repetitive(answer))
+        reopened = table(is_reopened)
 
         # Only answers that are still in question cost a pass; the rest have the other grades 0.
-        left = [(row, i) for row, i in cells if varied[row, i] and reopened[row, i]]
+        left = [(row, i, answers[row][i]) for row, i in (varied & reopened).nonzero().tolist()]
         others = [texts[(i + 1) % n] for i in range(n)]
-        said = {*enumerate(before)} | {(i, answers[row][i]) for row, i in left}
+        said = {*enumerate(before)} | {(i, answer) for _, i, answer in left}
         own = self._nll((texts[i], answer) for i, answer in said)
         elsewhere = self._nll((others[i], answer) for i, answer in said)
 
@@ -152,11 +155,9 @@ class Criteria:
                 return 1.0
             return 1 - relevance_of(i, before[i]) if before[i].strip() else 0.0  # a thought that did not end
 
-        usually = [is_withheld(i) for i in range(n)]
-        withheld = {(row, i): usually[i] for row, i in cells}
-        novelty, fluency, relevance = (dict.fromkeys(cells, 0.0) for _ in range(3))
-        for row, i in left:
-            answer = answers[row][i]
+        withheld = torch.tensor([is_withheld(i) for i in range(n)]).expand(len(answers), n)
+        novelty, fluency, relevance = torch.zeros(3, len(answers), n)
+        for row, i, answer in left:
             found, usual = own[texts[i], answer], own[texts[i], before[i]]
             usual = torch.zeros_like(found) if is_silent[i] else usual  # silence counts as certain
             compared = min(_BEGINNING, len(found), len(usual))
@@ -165,11 +166,7 @@ class Criteria:
             novelty[row, i] = -math.expm1(-max(0.0, surprise) / _SURPRISE)
             fluency[row, i] = math.exp(-max(0.0, behind_other - self.max_nll))
             relevance[row, i] = relevance_of(i, answer)
-
-        def table(values: Mapping[tuple[int, int], float]) -> Tensor:
-            return torch.tensor([values[cell] for cell in cells]).view(len(answers), n)
-
-        return Grades(*map(table, (novelty, fluency, relevance, withheld, varied, reopened)))
+        return Grades(novelty, fluency, relevance, withheld, varied, reopened)
 
     def _nll(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Float[Tensor, " tokens"]]:
         """Return −log p of the tokens of each pair's answer after its prompt, each pair read once."""
