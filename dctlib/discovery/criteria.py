@@ -138,7 +138,8 @@ class Criteria:
         reopened = table(is_reopened)
 
         # Only answers that are still in question cost a pass; the rest have the other grades 0.
-        left = [(row, i, answers[row][i]) for row, i in (varied & reopened).nonzero().tolist()]
+        cells: list[tuple[int, int]] = (varied & reopened).nonzero().tolist()
+        left = [(row, i, answers[row][i]) for row, i in cells]
         others = [texts[(i + 1) % n] for i in range(n)]
         said = {*enumerate(before)} | {(i, answer) for _, i, answer in left}
         own = self._nll((texts[i], answer) for i, answer in said)

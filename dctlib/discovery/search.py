@@ -1,7 +1,7 @@
 """Search for steering vectors that do something, each at a length that unlocks and does not break."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from dctlib.discovery.found import (
 from dctlib.discovery.lengths import estimate_lengths, longest_within
 from dctlib.discovery.options import SearchOptions
 from dctlib.discovery.pool import find_candidates
-from dctlib.discovery.reading import Judge, Reader, Reading, ask_judge, halve
+from dctlib.discovery.reading import Halving, Judge, Reader, Reading, ask_judge, halve
 from dctlib.evaluation.judges import fraction_true, truncate
 from dctlib.maps.causal import CausalMap
 from dctlib.models.chat import Instruction, format_chat
@@ -154,18 +154,13 @@ def search_vectors(
         )
 
         _announce(bar, 4)
-        survivors = [*halving.rows, *halving.controls]
         measure = partial(measure_damage, model, tokenizer, examples[:_ANSWERS], layer=source)
-        start = [estimate[row] for row in survivors]
-        limits = longest_within(measure, at_R[survivors], settings.max_damage, start=start)
-        multiples = {row: limit for row, limit in zip(survivors, limits, strict=True) if limit}
+        multiples = _choose_lengths(measure, at_R, halving, estimate, settings.max_damage)
         for row, multiple in multiples.items():
             vectors[row] = multiple * at_R[row]
         # The last of the ranking prompts, because the first round of the halving read the first.
         reading = reader.read(ranking[-_RANKING_PROMPTS:], vectors[[*multiples]], max_new_tokens=math.ceil(tokens / 2))
-        ranked = [[*multiples][place] for place in reading.order()]
-        finalists = [row for row in ranked if row in halving.rows][:_FINALISTS]
-        finalists += [row for row in ranked if row in halving.controls][:1]
+        finalists = _choose_finalists([[*multiples][place] for place in reading.order()], halving)
 
         _announce(bar, 5)
         reading = reader.read(validation, vectors[finalists], max_new_tokens=tokens)
@@ -213,6 +208,26 @@ def _map_of(requests: Sequence[Instruction], rows: Sequence[int], reading: Readi
     asked = requests[: len(reading.unsteered)]
     points[[*rows, m]] = map_behaviours(asked, [*reading.completions, reading.unsteered])
     return points
+
+
+def _choose_lengths(
+    measure: Callable[[Tensor], Tensor],
+    at_R: Float[Tensor, "m d"],
+    halving: Halving,
+    estimate: Sequence[float],
+    max_damage: float,
+) -> dict[int, float]:
+    """Return the row of each survivor of a halving with its longest multiple of R within the bound, if it has one."""
+    survivors = [*halving.rows, *halving.controls]
+    start = [estimate[row] for row in survivors]
+    limits = longest_within(measure, at_R[survivors], max_damage, start=start)
+    return {row: limit for row, limit in zip(survivors, limits, strict=True) if limit}
+
+
+def _choose_finalists(ranked: Sequence[int], halving: Halving) -> list[int]:
+    """Return the best eight rows, and the best random one, of those ranked best first."""
+    found = [row for row in ranked if row in halving.rows][:_FINALISTS]
+    return found + [row for row in ranked if row in halving.controls][:1]
 
 
 def _describe_finalists(
