@@ -45,12 +45,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The block may create a file or a folder there. After an exception, or a kill, `path` is as it was. A folder that is
     replaced is absent for the moment between two renames.
+
+    Raises
+    ------
+    ValueError
+        If the block creates a file where a folder lies.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         partial = Path(scratch) / path.name
         yield partial
+        if path.is_dir() and partial.is_file():
+            raise ValueError(f"{path} is a folder, expected the name of a file, such as {path / 'NAME'}")
         replaced = Path(scratch) / "replaced"
         try:
             if path.is_dir() and not path.is_symlink():

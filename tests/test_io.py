@@ -126,3 +126,11 @@ def test_a_path_is_looked_up_here_and_then_in_the_clone(name, tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["nowhere", "~nobody-here/x", "~0", "x" * 300, "a\0b", "\ud800"])
 def test_a_path_that_cannot_be_is_none(name):
     assert find_path(name) is None
+
+
+def test_a_file_never_replaces_a_folder(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "kept").write_text("x")
+    with pytest.raises(ValueError, match="results is a folder, expected the name of a file"):
+        write_json(tmp_path / "results", {})
+    assert (tmp_path / "results" / "kept").read_text() == "x"

@@ -42,6 +42,8 @@ def export_vector(folder: str | Path, number: int, to: str, output: str | Path, 
     """
     folder, output = Path(folder), Path(output)
     shared = load_folder(folder)
+    if not len(shared.vectors):
+        raise ValueError(f"{folder} holds no vector: the search found nothing")
     if not 0 <= number < len(shared.vectors):
         raise ValueError(f"got vector {number}, expected 0 to {len(shared.vectors) - 1}, the vectors in {folder}")
     if to not in _WRITERS:

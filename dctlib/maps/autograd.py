@@ -50,6 +50,7 @@ class AutogradMap(DifferentiableMap):
                 f"this map cannot be differentiated ({error}); if its weights are quantised, load the model in bfloat16"
             ) from error
 
+    @torch.inference_mode(False)  # in which every derivative would be 0
     def _compute(self, name: Product, **rows: Tensor) -> Tensor:
         with self._context():
             if name != "value" and not self._has_gradient:
@@ -158,7 +159,8 @@ class AutogradMap(DifferentiableMap):
                 f"({error}); load the model without quantised weights or custom kernels"
             ) from error
         try:
-            wrong = (forward(term, *rows) - expected).norm() > 10 * tolerance(self._precision) * expected.norm() + 1e-9
+            most = min(10 * tolerance(self._precision), 0.1)  # the known faults are 13 % and more
+            wrong = (forward(term, *rows) - expected).norm() > most * expected.norm() + 1e-9
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError):
@@ -265,6 +267,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(dims, keepdim=True)
@@ -307,6 +310,7 @@ def _attention(
 
 _DEFINITIONS = {
     F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
     F.scaled_dot_product_attention: _attention,

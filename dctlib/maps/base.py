@@ -84,6 +84,8 @@ class DifferentiableMap(ABC):
     def _chunked(self, function: Callable[..., Tensor], **rows: Tensor) -> Tensor:
         """Apply `function` to `chunk_size` rows at a time, after checking every argument's shape."""
         arguments = self._checked(**rows)
+        if self.chunk_size < 1:
+            raise ValueError(f"got chunk_size={self.chunk_size}, expected at least 1")
         total = len(arguments[0])
         results: list[Tensor] = []
         first = 0
@@ -109,7 +111,8 @@ class DifferentiableMap(ABC):
         counts = sorted({len(value) for value in rows.values()})
         if len(counts) > 1:
             raise ValueError(f"got arguments of {counts} rows, expected one row of each for every factor")
-        return [value.detach().to(self.device, self.dtype) for value in rows.values()]
+        # Copies, because tensors of inference mode have no gradient, and a function may write to its argument.
+        return [value.detach().to(self.device, self.dtype, copy=True) for value in rows.values()]
 
     def _halve_chunk(self, rows: int) -> None:
         """Halve the chunk after an out-of-memory error with `rows` rows left, or raise ValueError if it had one row."""

@@ -21,7 +21,7 @@ from dctlib.maps.base import Product
 from dctlib.maps.replay import Capture, capture, replay
 from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width, unwrap
 from dctlib.models.chat import tokenize_each
-from dctlib.models.fingerprint import model_digest
+from dctlib.models.fingerprint import ADAPTER_STATE, model_digest
 from dctlib.models.packing import pack_prompts
 
 Reduction = Literal["mean", "concatenate"]
@@ -72,6 +72,7 @@ class CausalMap(AutogradMap):
         target: int,
         positions: int,
         reduction: Reduction,
+        copied: bool = False,
     ):
         self.source, self.target = source, target
         self.positions, self.reduction = positions, reduction
@@ -83,6 +84,7 @@ class CausalMap(AutogradMap):
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.scale = torch.cat([c.hidden[0] for c in captures]).to(self.dtype).norm(dim=1).median().item()
         self._model, self._captures, self._blocks = model, captures, blocks
+        self._copied, self._state = copied, _state_of(model)
         with torch.no_grad(), self._context():
             zero = torch.zeros(1, self.d_source, dtype=self.dtype, device=self.device)
             self._at_zero = torch.stack([term(zero)[0] for term in self._terms()]).sum(0)
@@ -90,6 +92,7 @@ class CausalMap(AutogradMap):
             raise ValueError(f"the model's activations at layer {target} are not finite; try dtype='float32'")
 
     @classmethod
+    @torch.inference_mode(False)  # whose tensors have no gradients
     def from_model(
         cls,
         model: PreTrainedModel,
@@ -136,7 +139,8 @@ class CausalMap(AutogradMap):
         ValueError
             If the layers are out of range or out of order, there is no text, a text has fewer tokens than
             `positions`, an option is out of range, the slice cannot be replayed alone, the activations are not finite,
-            or `device` is given and blocks are offloaded.
+            or `device` is given and blocks are offloaded. The map itself raises ValueError if the model is steered,
+            ablated or edited after the map was built.
         """
         all_blocks = get_blocks(model)
         source = check_layer(model, source, name="source")
@@ -163,7 +167,9 @@ class CausalMap(AutogradMap):
         if compiled:
             blocks = [torch.compile(block) for block in blocks]
         layers = {"source": source, "target": target}
-        cmap = cls(model, captures, blocks, **layers, positions=positions, reduction=reduction)
+        cmap = cls(
+            model, captures, blocks, **layers, positions=positions, reduction=reduction, copied=device is not None
+        )
         heads = getattr(unwrap(model).config.get_text_config(), "num_attention_heads", 0)  # none in a state-space model
         cmap.chunk_size = _chunk_size(cmap, captures, heads, memory)
         return cmap
@@ -172,9 +178,19 @@ class CausalMap(AutogradMap):
     def digest(self) -> str:
         """A hash of all that the map depends on: weights, configuration, tokens, slice, positions and reduction.
 
-        It does not cover residuals, whose last bits depend on the number of threads, nor hooks. So do not cache a fit
-        that was made inside :func:`dctlib.steer` or :func:`dctlib.ablate`.
+        It does not cover residuals, whose last bits depend on the number of threads.
+
+        Raises
+        ------
+        ValueError
+            If the model has hooks, such as those of :func:`dctlib.steer`, which no digest covers, or has changed.
         """
+        self._check_state()
+        if any(part._forward_hooks or part._forward_pre_hooks for part in unwrap(self._model).modules()):
+            raise ValueError(
+                "the model has hooks, such as those of steer() and ablate(), which the key of a remembered fit does "
+                "not cover; fit without a cache there"
+            )
         digest = hashlib.sha256(f"{model_digest(self._model)} {self.source} {self.target} {self.positions}".encode())
         for captured in self._captures:
             digest.update(str([captured.tokens[0, path].tolist() for path in captured.paths]).encode())
@@ -183,12 +199,22 @@ class CausalMap(AutogradMap):
         return digest.hexdigest()
 
     def _product(self, name: Product, **rows: Tensor) -> Tensor:
+        if not self._copied:
+            self._check_state()
         if name.startswith("second_derivative") and _is_offloaded(self._blocks):
             raise ValueError(
                 "the slice's blocks are offloaded in part, and second derivatives (quadratic fits) cannot fetch "
                 "weights; free device memory, or fit exponential or linear factors"
             )
         return super()._product(name, **rows)
+
+    def _check_state(self) -> None:
+        """Raise ValueError unless the model is in the state in which its residuals were captured."""
+        if _state_of(self._model) != self._state:
+            raise ValueError(
+                "the model was steered, ablated, hooked or edited since this map was built, or is no longer; build the "
+                "map again, and use it inside the same contexts"
+            )
 
     def _terms(self) -> Sequence[Term]:
         term = self._mean_change if self.reduction == "mean" else self._change_of_each
@@ -217,6 +243,22 @@ class CausalMap(AutogradMap):
     @property
     def _precision(self) -> torch.dtype:
         return self._captures[0].hidden.dtype
+
+
+def _state_of(model: Any) -> list[Any]:
+    """Return what tells a model from itself with other hooks, adapters or weights: numbers that each change replaces.
+
+    Weights that are offloaded are left out, because each pass fetches them anew.
+    """
+    state: list[Any] = []
+    for module in unwrap(model).modules():
+        state += [*module._forward_pre_hooks, *module._forward_hooks]
+        if hasattr(module, "disable_adapters"):
+            state.append(repr([getattr(module, name, None) for name in ADAPTER_STATE]))
+        if not has_offloaded_params(module):
+            weights = [value for value in module._parameters.values() if value is not None]
+            state += [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
+    return state
 
 
 def _is_offloaded(blocks: Sequence[Any]) -> bool:

@@ -15,6 +15,7 @@ from dctlib.models.blocks import (
     eager_attention,
     get_blocks,
     output_residual,
+    refuse_added_tokens,
     residual_width,
     split_residual,
     tolerance,
@@ -63,8 +64,9 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
     Raises
     ------
     ValueError
-        As :func:`verify_replay`.
+        As :func:`verify_replay`, if the model adds learned tokens, or if a prompt is longer than its positions.
     """
+    refuse_added_tokens(model)
     takes_batches = verify_replay(model, source, target)
     return _capture(model, tree, source, target, takes_batches)
 
@@ -83,7 +85,12 @@ def _capture(model: PreTrainedModel, tree: PromptTree, source: int, target: int,
         for block in list(get_blocks(model))[source:target]:
             handle = block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
             hooks.callback(handle.remove)
-        unwrap(model).base_model(**tree.arguments(model), use_cache=False)
+        try:
+            unwrap(model).base_model(**tree.arguments(model), use_cache=False)
+        except IndexError as error:  # of learned positions
+            raise ValueError(
+                f"the model cannot run a prompt of {max(map(len, tree.paths))} tokens ({error}); use shorter prompts"
+            ) from error
     return Capture(tree.tokens, tree.paths, hidden[0], calls, takes_batches)
 
 

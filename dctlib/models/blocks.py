@@ -25,6 +25,20 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def adds_tokens(model: Any) -> bool:
+    """Return whether PEFT puts learned tokens before every prompt of `model`, as prompt and prefix tuning do."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def refuse_added_tokens(model: Any) -> None:
+    """Raise ValueError if :func:`adds_tokens`, because only the whole model runs with these tokens."""
+    if adds_tokens(model):
+        raise ValueError(
+            "this model has learned tokens before every prompt (prompt or prefix tuning), which its blocks alone do "
+            "not know; steer() and generate_completions() take it, and maps and scores need a model without them"
+        )
+
+
 def get_blocks(model: nn.Module) -> nn.ModuleList:
     """Return the transformer blocks of `model`, in order: block s maps h_s to h_{s+1}.
 

@@ -53,7 +53,8 @@ def format_chat(
     Raises
     ------
     ValueError
-        If `instructions` is empty or a single string or conversation, or one of them is blank or no conversation. If
+        If `instructions` is empty or a single string or conversation, or one of them is blank, no conversation, or in
+        chat format already. If
         the tokenizer has no chat template, or its template refuses or ignores a turn, the system message or an
         argument.
     """
@@ -67,6 +68,8 @@ def format_chat(
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this tokenizer has no chat template; it is not a chat model's. Pass plain texts instead")
     _check_arguments(tokenizer, template_arguments)
+    if formatted := [text for text in instructions if isinstance(text, str) and _is_formatted(tokenizer, text)]:
+        raise ValueError(f"got {formatted[0]!r:.400}, which is in chat format already; pass the instruction alone")
     if system is not None:
         if any(turn["role"] == "system" for turns in conversations for turn in turns):
             raise ValueError(f"got system={system!r:.200} and a conversation with its own; leave `system` out")
@@ -75,6 +78,16 @@ def format_chat(
         _render(tokenizer, _in_readable_form(tokenizer, turns, template_arguments), template_arguments)
         for turns in conversations
     ]
+
+
+def _is_formatted(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether a text ends as the chat template ends a prompt."""
+    try:
+        prompt = _render(tokenizer, [_marked({"role": "user", "content": ""})], {})
+    except ValueError:
+        return False
+    after = prompt.rpartition(f"{_MARK} user")[2].strip()
+    return bool(after) and text.rstrip().endswith(after)
 
 
 def as_turns(instruction: Instruction) -> list[dict[str, Any]]:
@@ -232,10 +245,10 @@ def tokenize_each(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
     Raises
     ------
     ValueError
-        If `texts` is empty, or a single string.
+        If `texts` is empty, a single string, or no list.
     """
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"got texts={texts!r}, expected at least one prompt in a list")
+    if isinstance(texts, str | bytes | Mapping) or not hasattr(texts, "__len__") or not len(texts):
+        raise ValueError(f"got texts={texts!r:.200}, expected at least one prompt in a list")
     return [tokenize(tokenizer, text) for text in texts]
 
 

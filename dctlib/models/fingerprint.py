@@ -17,7 +17,7 @@ from dctlib.models.blocks import unwrap
 from dctlib.models.loading import load_model
 
 # What decides whether an adapter of peft takes part, besides its weights.
-_ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 
 def model_digest(model: nn.Module) -> str:
@@ -31,7 +31,7 @@ def model_digest(model: nn.Module) -> str:
         digest.update(json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode())
     for path, module in model.named_modules():
         if hasattr(module, "disable_adapters"):
-            digest.update(repr([getattr(module, name, None) for name in _ADAPTER_STATE]).encode())
+            digest.update(repr([getattr(module, name, None) for name in ADAPTER_STATE]).encode())
         with align_module_device(module):  # a weight that is offloaded is fetched
             for name, value in sorted(_state(module).items()):
                 digest.update(f"{path}.{name}".encode())

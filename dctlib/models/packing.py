@@ -1,6 +1,6 @@
 """Prompts packed into one sequence in which every shared beginning is computed once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def pack_prompts(
     `most_tokens`, because attention costs the square of a tree's size. A tree also stays within every window of the
     model's attention. Prompts stay alone in a model that fails :func:`supports_packing`.
     """
+    check_vocabulary(model, [token for row in rows for token in row[0].tolist()])
     groups: list[list[list[int]]] = []
     trie: _Trie = {}
     most_tokens = min([most_tokens, *reaches(unwrap(model))])
@@ -94,6 +95,21 @@ def pack_prompts(
             trie = {}
         _add(trie, prompt)
     return [PromptTree.from_prompts(group) for group in groups]
+
+
+def vocabulary_size(model: Any) -> int:
+    """Return the number of rows of the model's input embedding."""
+    return unwrap(model).get_input_embeddings().weight.shape[0]
+
+
+def check_vocabulary(model: Any, tokens: Iterable[int]) -> None:
+    """Raise ValueError if the model has no embedding for one of the token ids."""
+    size = vocabulary_size(model)
+    if unknown := sorted({token for token in tokens if token >= size}):
+        raise ValueError(
+            f"got the token ids {unknown[:5]}, and the model has embeddings for {size}; is it another model's "
+            f"tokenizer? After tokenizer.add_tokens, call model.resize_token_embeddings"
+        )
 
 
 def _add(trie: _Trie, prompt: Sequence[int]) -> list[int]:

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dctlib.models.blocks import evaluation_mode, residual_width, tolerance, unwrap
+from dctlib.models.blocks import adds_tokens, evaluation_mode, residual_width, tolerance, unwrap
 from dctlib.models.chat import pad_id, tokenize_each
-from dctlib.models.packing import ordinary_tokens, reaches
+from dctlib.models.packing import check_vocabulary, ordinary_tokens, reaches, vocabulary_size
 from dctlib.models.trace import once_per_model, probe_tokens
 from dctlib.steering.hooks import as_rows, steer
 from dctlib.steering.passes import unhooked
@@ -75,21 +75,24 @@ def generate_completions(
     Raises
     ------
     ValueError
-        If a vector is given without a layer, there is neither one vector nor one for each text, or the model's logits
-        are not a number.
+        If a vector is given without a layer, there is neither one vector nor one for each text, an option is below 1,
+        a token has no embedding, or the model's logits are not a number.
     """
     vectors = None if vector is None else as_rows(vector, residual_width(model), name="vector")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"got batch_size={batch_size}, max_new_tokens={max_new_tokens}, expected at least 1")
     if vectors is not None and (layer is None or len(vectors) not in (1, len(texts))):
         raise ValueError(
             f"got layer={layer} and {len(vectors)} vectors for {len(texts)} texts, expected a layer, and one vector "
             f"for all texts or one for each"
         )
     tokenized = [row[0] for row in tokenize_each(tokenizer, texts)]
+    check_vocabulary(model, [token for row in tokenized for token in row.tolist()])
     pad = pad_id(tokenizer)
-    adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    if adds_tokens or not batches_exactly(unwrap(model)):
+    pad = pad if pad < vocabulary_size(model) else 0  # it is masked and cut off
+    if adds_tokens(model) or not batches_exactly(unwrap(model)):
         batch_size = 1
-    alone = adds_tokens or min(batch_size, len(texts)) == 1
+    alone = adds_tokens(model) or min(batch_size, len(texts)) == 1
     shared = 0 if alone else _shared_beginning(model, tokenized, max_new_tokens)
 
     def steered(rows: Float[Tensor, "k d"] | None) -> AbstractContextManager[None]:
@@ -110,9 +113,19 @@ def generate_completions(
                 config.max_new_tokens = max_new_tokens
                 with steered(of_rows):
                     answers = _generate(model, prompts, config, processor, beginning)
-            completions += tokenizer.batch_decode(answers, skip_special_tokens=True)
+            for answer in answers:
+                said = _until_end(answer, config.eos_token_id)  # what follows is padding
+                completions.append(str(tokenizer.decode(said, skip_special_tokens=True)))
             bar.update(len(answers))
     return completions
+
+
+def _until_end(tokens: Int[Tensor, " t"], ends: int | list[int] | None) -> Int[Tensor, " t"]:
+    """Return the tokens up to the first end token, with it."""
+    if ends is None:
+        return tokens
+    found = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).nonzero()
+    return tokens[: int(found[0]) + 1] if len(found) else tokens
 
 
 def _distinct(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from dctlib.maps.replay import capture, replay
 from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width
 from dctlib.models.chat import tokenize_each
 from dctlib.models.packing import PromptTree, pack_prompts
+from dctlib.steering.hooks import as_rows
 
 _TOKENS = 2560  # replayed at once, over a batch of vectors
 _NUMBERS = 2**26  # read at once: a quarter of a GiB
@@ -21,7 +23,7 @@ def replay_last_token(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    vectors: Float[Tensor, "m d"],
+    vectors: Float[Tensor, "m d"] | ArrayLike,
     read: Callable[[Tensor], Tensor],
     *,
     compare: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -37,7 +39,7 @@ def replay_last_token(
     ----------
     texts : sequence of str
         Whole prompts; n of them.
-    vectors : Tensor, (m, d)
+    vectors : Tensor or array, (m, d)
         Each is added to h_layer at every position.
     read : callable
         ``read(residual)`` maps the output of the last block, (k, prompts, d), to (k, prompts, …).
@@ -56,6 +58,7 @@ def replay_last_token(
     """
     check_layer(model, layer)
     d = residual_width(model)
+    vectors = vectors if isinstance(vectors, Tensor) else as_rows(vectors, d, name="vectors")
     if vectors.ndim != 2 or vectors.shape[1] != d or not len(vectors):
         raise ValueError(f"got vectors of shape {tuple(vectors.shape)}, expected (m, {d}) with m of at least 1")
     trees = pack_prompts(model, tokenize_each(tokenizer, texts))

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models.blocks import eager_attention, unwrap
+from dctlib.models.blocks import eager_attention, refuse_added_tokens, unwrap
 from dctlib.models.chat import tokenize_each
 from dctlib.models.logits import check_finite, compute_logits, output_logits
-from dctlib.models.packing import pack_prompts
+from dctlib.models.packing import check_vocabulary, pack_prompts
 from dctlib.steering.last_token import replay_last_token
 
 
@@ -51,7 +52,7 @@ def score_vectors(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    vectors: Float[Tensor, "m d"],
+    vectors: Float[Tensor, "m d"] | ArrayLike,
     *,
     layer: int,
     positive: str = "Sure",
@@ -66,7 +67,7 @@ def score_vectors(
     ----------
     texts : sequence of str
         Whole prompts; a chat prompt ends where the answer begins.
-    vectors : Tensor, (m, d)
+    vectors : Tensor or array, (m, d)
         Added to h_layer at every position. A row of zeros gives the clean score.
     layer : int
         Where they are added.
@@ -81,9 +82,9 @@ def score_vectors(
     Raises
     ------
     ValueError
-        If shapes, layer or texts do not fit, or a word is more than one token.
+        If shapes, layer or texts do not fit, a word is more than one token, or both words are the same.
     """
-    words = torch.tensor(_words(tokenizer, positive, negative), device=model.device)
+    words = torch.tensor(_words(model, tokenizer, positive, negative), device=model.device)
 
     def logit_diff(residual: Tensor) -> Tensor:
         logits = compute_logits(model, residual, words)
@@ -97,7 +98,7 @@ def score_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    vectors: Float[Tensor, "m d"],
+    vectors: Float[Tensor, "m d"] | ArrayLike,
     *,
     layer: int,
     positive: str = "Sure",
@@ -109,7 +110,7 @@ def score_each(
     Parameters and errors are those of :func:`score_vectors`. This is slower, because it computes the logits of the
     whole vocabulary.
     """
-    yes, no = _words(tokenizer, positive, negative)
+    yes, no = _words(model, tokenizer, positive, negative)
 
     def both(residual: Tensor) -> Tensor:
         logits = compute_logits(model, residual)
@@ -132,7 +133,8 @@ def score_texts(
 
     Inside :func:`dctlib.steer` or :func:`dctlib.ablate` this is the steered or ablated model.
     """
-    words = torch.tensor(_words(tokenizer, positive, negative), device=model.device)
+    refuse_added_tokens(model)
+    words = torch.tensor(_words(model, tokenizer, positive, negative), device=model.device)
     decoder: Any = unwrap(model).base_model
     scores = []
     with torch.no_grad(), eager_attention(model):
@@ -144,8 +146,12 @@ def score_texts(
     return check_finite(torch.cat(scores).cpu())
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, positive: str, negative: str) -> list[int]:
-    return [single_token(tokenizer, positive, "positive"), single_token(tokenizer, negative, "negative")]
+def _words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, positive: str, negative: str) -> list[int]:
+    words = [single_token(tokenizer, positive, "positive"), single_token(tokenizer, negative, "negative")]
+    check_vocabulary(model, words)
+    if words[0] == words[1]:
+        raise ValueError(f"got positive={positive!r}, negative={negative!r}, expected two different words")
+    return words
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, word: str, parameter: str) -> int:

@@ -87,3 +87,9 @@ def test_the_command_says_how_to_use_what_it_wrote(folder, tmp_path, monkeypatch
         main()
     assert stopped.value.code == 0
     assert "wrote v.npz, to use as: np.load('v.npz')" in capsys.readouterr().out
+
+
+def test_a_folder_without_vectors_is_said_to_be_empty(tmp_path):
+    empty = save(tmp_path / "empty", VECTORS[:0], [], layer=2)
+    with pytest.raises(ValueError, match="holds no vector: the search found nothing"):
+        export_vector(empty, 0, "gguf", tmp_path / "v.gguf")

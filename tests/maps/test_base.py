@@ -109,3 +109,16 @@ def test_what_a_function_raises_is_raised():
     for options in ({}, {"dtype": torch.float32}):
         with pytest.raises(RuntimeError, match="no such thing"):
             FunctionMap(broken, d_source=D, d_target=D, **options)
+
+
+def test_a_function_that_writes_to_its_argument_leaves_the_callers_alone():
+    fmap = FunctionMap(lambda theta: theta.mul_(2).sin(), d_source=D, d_target=D)
+    theta = torch.ones(2, D)
+    fmap(theta)
+    assert torch.equal(theta, torch.ones(2, D))
+
+
+def test_a_chunk_has_at_least_one_row():
+    fmap = FunctionMap(torch.sin, d_source=D, d_target=D, chunk_size=0)
+    with pytest.raises(ValueError, match="chunk_size=0, expected at least 1"):
+        fmap(torch.ones(2, D))

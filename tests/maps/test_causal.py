@@ -2,14 +2,16 @@ import copy
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import (
     BLOCKS,
     assert_near,
@@ -21,7 +23,7 @@ from tiny import (
     unit_rows,
 )
 
-from dctlib import CausalMap, Transcoder, fit_exponential, score_vectors, steer
+from dctlib import CausalMap, Transcoder, ablate, fit_exponential, score_vectors, steer
 from dctlib.maps.replay import activations
 
 SLICES = [(0, 2), (1, 3), (2, BLOCKS)]  # first block, middle, through the last block before the final norm
@@ -224,7 +226,8 @@ def test_a_map_may_compute_on_copies_of_its_blocks(tokenizer, texts):
     with torch.no_grad():
         for block in model.model.layers[1:3]:
             block.mlp.down_proj.weight.zero_()
-    assert not torch.allclose(own(v), expected[0])
+    with pytest.raises(ValueError, match="since this map was built"):
+        own(v)
     for found, true in zip((copied(v), copied.vjp(v, w), copied.second_derivative(v, w)), expected, strict=True):
         torch.testing.assert_close(found, true)
 
@@ -365,3 +368,94 @@ def test_activations_name_bad_input(llama, tokenizer, texts):
         activations(llama, tokenizer, texts[0], layer=2)
     with pytest.raises(ValueError, match="layer=9"):
         activations(llama, tokenizer, texts, layer=9)
+
+
+def changed(model, change):
+    """A context in which a model differs from itself before."""
+    if change == "steered below the slice":
+        return steer(model, layer=0, vector=unit_rows(1, D)[0])
+    if change == "ablated":
+        return ablate(model, unit_rows(1, D)[0])
+    with torch.no_grad():
+        next(model.model.layers[2].parameters()).mul_(0.5)
+    return nullcontext()
+
+
+@pytest.mark.parametrize("change", ["steered below the slice", "ablated", "edited"])
+def test_a_map_is_refused_for_a_model_that_changed(tokenizer, texts, change):
+    model = tiny_model("Llama")
+    cmap = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+    with changed(model, change), pytest.raises(ValueError, match="since this map was built"):
+        cmap(unit_rows(2, D))
+    if change != "edited":
+        cmap(unit_rows(2, D))
+
+
+def test_a_map_that_was_built_inside_steer_is_refused_outside_and_has_no_digest(tokenizer, texts):
+    model = tiny_model("Llama")
+    with steer(model, layer=1, vector=unit_rows(1, D)[0]):
+        cmap = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+        with pytest.raises(ValueError, match="fit without a cache there"):
+            _ = cmap.digest
+    with pytest.raises(ValueError, match="since this map was built"):
+        cmap.jvp(unit_rows(2, D), unit_rows(2, D))
+
+
+def test_a_map_is_refused_once_an_adapter_is_switched_off(tokenizer, texts):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model: Any = get_peft_model(tiny_model("Llama"), config)
+    cmap = CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+    value = cmap(unit_rows(2, D))
+    with model.disable_adapter(), pytest.raises(ValueError, match="since this map was built"):
+        cmap(unit_rows(2, D))
+    torch.testing.assert_close(cmap(unit_rows(2, D)), value)
+
+
+@pytest.mark.parametrize("built_inside", [False, True])
+def test_inference_mode_changes_no_product(llama, tokenizer, texts, built_inside):
+    theta, v = unit_rows(2, D), unit_rows(2, D, seed=1)
+    cmap = CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)
+    expected = [cmap.jvp(theta, v), cmap.vjp(theta, v), cmap.second_derivative(theta, v)]
+    with torch.inference_mode():
+        if built_inside:
+            cmap = CausalMap.from_model(llama, tokenizer, texts, source=1, target=3)
+        rows = 1 * theta  # a tensor of inference mode
+        found = [cmap.jvp(rows, v), cmap.vjp(rows, v), cmap.second_derivative(rows, v)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_learned_tokens_before_a_prompt_are_refused(tokenizer, texts, config):
+    model = get_peft_model(tiny_model("Llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    with pytest.raises(ValueError, match="learned tokens before every prompt"):
+        CausalMap.from_model(model, tokenizer, texts, source=1, target=3)
+    with pytest.raises(ValueError, match="learned tokens before every prompt"):
+        score_vectors(model, tokenizer, texts, torch.zeros(1, D), layer=1)
+
+
+def test_tokens_and_positions_that_the_model_lacks_are_named(llama, texts):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["new"])
+    with pytest.raises(ValueError, match=r"token ids \[64\], and the model has embeddings for 64"):
+        CausalMap.from_model(llama, tokenizer, ["new w1 w2 w3"], source=1, target=3)
+    with pytest.raises(ValueError, match=r"token ids \[64\]"):
+        score_vectors(llama, tokenizer, texts, torch.zeros(1, D), layer=1, positive="new")
+    with pytest.raises(ValueError, match="cannot run a prompt of 70 tokens"):
+        CausalMap.from_model(tiny_model("GPT2"), tokenizer, ["w1 " * 70], source=1, target=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_call_of_the_fused_layer_norm_is_differentiated_rightly(tokenizer, texts, dtype):
+    class Norm(torch.nn.LayerNorm):
+        def forward(self, input):
+            return torch.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    v = unit_rows(3, D)
+    exact = CausalMap.from_model(tiny_model("GPT2"), tokenizer, texts, source=1, target=3).second_derivative(v, v)
+    model = tiny_model("GPT2", dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.__class__ = Norm
+    found = CausalMap.from_model(model, tokenizer, texts, source=1, target=3).second_derivative(v, v)
+    assert_near(found.double(), exact, 0.05 if dtype == torch.bfloat16 else 1e-4)

@@ -1,6 +1,8 @@
 import json
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from tiny import TEMPLATE, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -284,3 +286,22 @@ def test_a_tokenizer_in_python_that_adds_an_end():
 def test_a_prompt_without_tokens_is_refused(bad):
     with pytest.raises(ValueError, match="got the prompt"):
         tokenize(with_special_tokens("<s> $A"), bad)
+
+
+def test_an_instruction_in_chat_format_is_not_formatted_again():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="is in chat format already"):
+        format_chat(tokenizer, format_chat(tokenizer, ["w1 w2"]))
+    assert format_chat(tokenizer, ["w1 assistant w2"])
+
+
+def test_texts_are_any_list_of_strings():
+    tokenizer = tiny_tokenizer()
+    expected = [row.tolist() for row in tokenize_each(tokenizer, ["w1 w2", "w3"])]
+    texts: Any
+    for texts in (("w1 w2", "w3"), pd.Series(["w1 w2", "w3"]), np.array(["w1 w2", "w3"])):
+        assert [row.tolist() for row in tokenize_each(tokenizer, texts)] == expected
+    wrong: Any
+    for wrong in ({"w1": 1}, iter(["w1"]), b"w1", []):
+        with pytest.raises(ValueError, match="expected at least one prompt in a list"):
+            tokenize_each(tokenizer, wrong)

@@ -367,3 +367,31 @@ def test_each_text_gets_one_begin_of_text_token(llama, tokenizer, monkeypatch):
     assert [row[row != 0].tolist() for row in next(each for each in seen if (each == 1).any())] == [
         tokenizer.encode(t) for t in ("<s> w0 w1", "<s> w2 w3 w4")
     ]
+
+
+def test_what_follows_the_end_of_an_answer_is_not_text(tokenizer):
+    model, texts = tiny_model("Llama"), ["w0 w1 w2", "w3 w4", "w5 w6 w7 w8"]
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = bare.eos_token = None  # so that token 0, which is text, pads
+    options = {"max_new_tokens": 6, "progress": False}
+    words = generate_completions(model, bare, texts, **options)
+    model.generation_config.eos_token_id = bare.convert_tokens_to_ids(words[0].split()[1])
+    together = generate_completions(model, bare, texts, **options)
+    assert together[0] == " ".join(words[0].split()[:2])
+    assert together == [generate_completions(model, bare, [text], **options)[0] for text in texts]
+
+
+def test_a_padding_token_without_an_embedding_serves(llama, tokenizer):
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    texts, options = ["w0 w1 w2", "w3"], {"max_new_tokens": 3, "progress": False}
+    assert padded.pad_token_id == llama.get_input_embeddings().weight.shape[0]
+    assert generate_completions(llama, padded, texts, **options) == generate_completions(
+        llama, tokenizer, texts, **options
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}])
+def test_counts_below_one_are_refused(llama, tokenizer, wrong):
+    with pytest.raises(ValueError, match="expected at least 1"):
+        generate_completions(llama, tokenizer, ["w0"], **{"max_new_tokens": 2, **wrong})

@@ -98,3 +98,12 @@ def test_bad_options_are_named(llama, tokenizer, texts, changes, message):
     } | changes
     with pytest.raises(ValueError, match=message):
         score_vectors(llama, tokenizer, options.pop("texts"), options.pop("vectors"), **options)
+
+
+def test_arrays_are_vectors_and_words_differ(llama, tokenizer, texts):
+    vectors = 2 * unit_rows(3, D)
+    expected = score_vectors(llama, tokenizer, texts, vectors, layer=1, progress=False)
+    for same in (vectors.numpy(), vectors.tolist()):
+        assert torch.equal(score_vectors(llama, tokenizer, texts, same, layer=1, progress=False), expected)
+    with pytest.raises(ValueError, match="expected two different words"):
+        score_vectors(llama, tokenizer, texts, vectors, layer=1, positive="Sure", negative="Sure")
