@@ -219,20 +219,24 @@ class Passes:
             raise ValueError("token_healing rewrites the end of a prompt, so its length is not known; leave it out")
 
         followers = (follow_run, follow_expand, follow_prepare, refuse_healing)
-        replaced = {
+        replaced: dict[str, Any] = {
             name: functools.wraps(method)(follower)
             for name, method, follower in zip(names, methods, followers, strict=True)
             if method is not None  # a model without an output head generates nothing
         }
+        for name, method in replaced.items():
+            method.below, method.ended = own[name], False
         vars(plain).update(replaced)
         try:
             yield
         finally:
             for name, method in replaced.items():
-                if vars(plain).get(name) is method:
-                    del vars(plain)[name]
-                if own[name] is not None:
-                    vars(plain)[name] = own[name]
+                method.ended = True
+                top = vars(plain).pop(name, None)
+                while getattr(top, "ended", False):  # contexts may end in any order
+                    top = top.below
+                if top is not None:
+                    vars(plain)[name] = top
 
 
 @contextmanager

@@ -300,6 +300,19 @@ def test_contexts_with_positions_nest_and_leave_the_model_as_it_was(model):
     assert all(not part._forward_pre_hooks and not part._forward_hooks for part in model.modules())
 
 
+def test_contexts_may_end_in_any_order(llama):
+    rows, tokens = unit_rows(2, 32), torch.tensor([[7, 8, 9]])
+    before = set(vars(llama))
+    expected = llama.generate(tokens, max_new_tokens=3, do_sample=False)
+    first, second = (steer(llama, layer=layer, vector=rows) for layer in (1, 2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert set(vars(llama)) == before
+    assert torch.equal(llama.generate(tokens, max_new_tokens=3, do_sample=False), expected)
+
+
 def test_several_streams_take_one_vector_at_all_positions():
     model = family_model("gemma3n_text")
     seen = []
