@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dctlib.maps.autograd import AutogradMap, Term
 from dctlib.maps.base import Product
 from dctlib.maps.replay import Capture, capture, replay
-from dctlib.models.blocks import check_layer, eager_attention, get_blocks, residual_width, unwrap
+from dctlib.models.blocks import check_layer, eager_attention, get_blocks, has_hooks, residual_width, unwrap
 from dctlib.models.chat import tokenize_each
 from dctlib.models.fingerprint import ADAPTER_STATE, model_digest
 from dctlib.models.packing import pack_prompts
@@ -186,7 +186,7 @@ class CausalMap(AutogradMap):
             If the model has hooks, such as those of :func:`dctlib.steer`, which no digest covers, or has changed.
         """
         self._check_state()
-        if any(part._forward_hooks or part._forward_pre_hooks for part in unwrap(self._model).modules()):
+        if has_hooks(self._model):
             raise ValueError(
                 "the model has hooks, such as those of steer() and ablate(), which the key of a remembered fit does "
                 "not cover; fit without a cache there"

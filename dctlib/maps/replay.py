@@ -15,7 +15,6 @@ from dctlib.models.blocks import (
     eager_attention,
     get_blocks,
     output_residual,
-    refuse_added_tokens,
     residual_width,
     split_residual,
     tolerance,
@@ -64,9 +63,8 @@ def capture(model: PreTrainedModel, tree: PromptTree, *, source: int, target: in
     Raises
     ------
     ValueError
-        As :func:`verify_replay`, if the model adds learned tokens, or if a prompt is longer than its positions.
+        As :func:`verify_replay`, or if a prompt is longer than the model's positions.
     """
-    refuse_added_tokens(model)
     takes_batches = verify_replay(model, source, target)
     return _capture(model, tree, source, target, takes_batches)
 

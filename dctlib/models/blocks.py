@@ -30,13 +30,9 @@ def adds_tokens(model: Any) -> bool:
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
-def refuse_added_tokens(model: Any) -> None:
-    """Raise ValueError if :func:`adds_tokens`, because only the whole model runs with these tokens."""
-    if adds_tokens(model):
-        raise ValueError(
-            "this model has learned tokens before every prompt (prompt or prefix tuning), which its blocks alone do "
-            "not know; steer() and generate_completions() take it, and maps and scores need a model without them"
-        )
+def has_hooks(model: Any) -> bool:
+    """Return whether a module of `model` has a forward hook, such as those of :func:`dctlib.steer`."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in unwrap(model).modules())
 
 
 def get_blocks(model: nn.Module) -> nn.ModuleList:

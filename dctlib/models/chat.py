@@ -68,7 +68,9 @@ def format_chat(
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this tokenizer has no chat template; it is not a chat model's. Pass plain texts instead")
     _check_arguments(tokenizer, template_arguments)
-    if formatted := [text for text in instructions if isinstance(text, str) and _is_formatted(tokenizer, text)]:
+    ending = _ending_of_prompts(tokenizer)
+    texts = [each for each in instructions if isinstance(each, str)]
+    if formatted := [text for text in texts if ending and text.rstrip().endswith(ending)]:
         raise ValueError(f"got {formatted[0]!r:.400}, which is in chat format already; pass the instruction alone")
     if system is not None:
         if any(turn["role"] == "system" for turns in conversations for turn in turns):
@@ -80,14 +82,12 @@ def format_chat(
     ]
 
 
-def _is_formatted(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Return whether a text ends as the chat template ends a prompt."""
+def _ending_of_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template writes behind a user's text; nothing if it refuses a user turn alone."""
     try:
-        prompt = _render(tokenizer, [_marked({"role": "user", "content": ""})], {})
+        return _behind_user(_marked_prompt(tokenizer, ["user"]))
     except ValueError:
-        return False
-    after = prompt.rpartition(f"{_MARK} user")[2].strip()
-    return bool(after) and text.rstrip().endswith(after)
+        return ""
 
 
 def as_turns(instruction: Instruction) -> list[dict[str, Any]]:
@@ -217,6 +217,16 @@ def _marked(turn: dict[str, Any]) -> dict[str, Any]:
     return turn | {"content": mark if isinstance(content, str) else [part | {"text": mark} for part in content]}
 
 
+def _marked_prompt(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> str:
+    """Return a prompt with one turn for each role, and a mark in place of each text."""
+    return _render(tokenizer, [_marked({"role": role, "content": ""}) for role in roles], {})
+
+
+def _behind_user(prompt: str) -> str:
+    """Return what follows the user's mark in a prompt of :func:`_marked_prompt`."""
+    return prompt.rpartition(f"{_MARK} user")[2].strip()
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Return the token ids of one text, (1, T), after the start tokens that a plain text needs.
 
@@ -284,13 +294,13 @@ def _is_rendered(tokenizer: PreTrainedTokenizerBase, text: str, start: list[int]
         return False
     for roles in (["user"], ["system", "user"]):
         try:
-            prompt = _render(tokenizer, [_marked({"role": role, "content": ""}) for role in roles], {})
+            prompt = _marked_prompt(tokenizer, roles)
         except ValueError:
             continue
         if _begins_with(tokenizer, _ids(tokenizer, prompt, special=False), start):
             return False  # all of the template's prompts have them
         before = prompt.partition(f"{_MARK} {roles[0]}")[0].strip()
-        after = prompt.rpartition(f"{_MARK} user")[2].strip()
+        after = _behind_user(prompt)
         if (before and text.lstrip().startswith(before)) or (after and text.rstrip().endswith(after)):
             return True
         if not before and not after:

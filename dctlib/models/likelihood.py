@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models.blocks import eager_attention, refuse_added_tokens, unwrap
+from dctlib.models.blocks import eager_attention, unwrap
 from dctlib.models.chat import tokenize
 from dctlib.models.logits import output_logits
 from dctlib.models.packing import PromptTree, pack_prompts
@@ -64,7 +64,6 @@ def _token_losses(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> Iterator[Float[Tensor, " k"]]:
     """Yield −log p of every token of each answer, with logits computed at those tokens alone."""
-    refuse_added_tokens(model)
     with eager_attention(model):
         for tree, starts in pack_answers(model, tokenizer, examples):
             hidden = unwrap(model).base_model(**tree.arguments(model), use_cache=False).last_hidden_state[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dctlib.models.blocks import eager_attention, unwrap
+from dctlib.models.blocks import adds_tokens, eager_attention, unwrap
 from dctlib.models.trace import once_per_model
 
 _LEAST_SHARED = 0.25  # of a prompt's tokens, for it to join a tree
@@ -79,13 +80,23 @@ def pack_prompts(
     A prompt joins the tree before it if a quarter of its tokens are there already and the tree stays within
     `most_tokens`, because attention costs the square of a tree's size. A tree also stays within every window of the
     model's attention. Prompts stay alone in a model that fails :func:`supports_packing`.
+
+    Raises
+    ------
+    ValueError
+        If `model` adds learned tokens, which its blocks run alone do not know, or has no embedding for a token.
     """
-    check_vocabulary(model, [token for row in rows for token in row[0].tolist()])
+    if adds_tokens(model):
+        raise ValueError(
+            "this model has learned tokens before every prompt (prompt or prefix tuning), which its blocks alone do "
+            "not know; steer() and generate_completions() take it, and maps and scores need a model without them"
+        )
+    prompts = [row[0].tolist() for row in rows]
+    check_vocabulary(model, chain.from_iterable(prompts))
     groups: list[list[list[int]]] = []
     trie: _Trie = {}
     most_tokens = min([most_tokens, *reaches(unwrap(model))])
-    for row in rows:
-        prompt = row[0].tolist()
+    for prompt in prompts:
         shared = _shared_length(trie, prompt)
         fits = trie and len(trie) + len(prompt) - shared <= most_tokens
         if fits and shared >= _LEAST_SHARED * len(prompt) and supports_packing(model):

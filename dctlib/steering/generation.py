@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dctlib.models.blocks import adds_tokens, evaluation_mode, residual_width, tolerance, unwrap
+from dctlib.models.blocks import adds_tokens, evaluation_mode, has_hooks, residual_width, tolerance, unwrap
 from dctlib.models.chat import pad_id, tokenize_each
 from dctlib.models.packing import check_vocabulary, ordinary_tokens, reaches, vocabulary_size
 from dctlib.models.trace import once_per_model, probe_tokens
@@ -87,7 +87,7 @@ def generate_completions(
             f"for all texts or one for each"
         )
     tokenized = [row[0] for row in tokenize_each(tokenizer, texts)]
-    check_vocabulary(model, [token for row in tokenized for token in row.tolist()])
+    check_vocabulary(model, torch.cat(tokenized).unique().tolist())
     pad = pad_id(tokenizer)
     pad = pad if pad < vocabulary_size(model) else 0  # it is masked and cut off
     if adds_tokens(model) or not batches_exactly(unwrap(model)):
@@ -252,9 +252,8 @@ def _shared_beginning(model: Any, prompts: Sequence[Int[Tensor, " t"]], max_new_
     stacked = torch.stack([prompt[: len(shortest) - 1] for prompt in prompts])
     differs = (stacked != stacked[0]).any(0).nonzero()
     shared = int(differs[0]) if len(differs) else stacked.shape[1]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in plain.modules())
     within = len(longest) + max_new_tokens <= min(reaches(plain), default=math.inf)
-    return shared if shared >= _SHARED and within and not hooked and resumes_exactly(plain) else 0
+    return shared if shared >= _SHARED and within and not has_hooks(plain) and resumes_exactly(plain) else 0
 
 
 @once_per_model

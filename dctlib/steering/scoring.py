@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.models.blocks import eager_attention, refuse_added_tokens, unwrap
+from dctlib.models.blocks import eager_attention, unwrap
 from dctlib.models.chat import tokenize_each
 from dctlib.models.logits import check_finite, compute_logits, output_logits
 from dctlib.models.packing import check_vocabulary, pack_prompts
@@ -133,7 +133,6 @@ def score_texts(
 
     Inside :func:`dctlib.steer` or :func:`dctlib.ablate` this is the steered or ablated model.
     """
-    refuse_added_tokens(model)
     words = torch.tensor(_words(model, tokenizer, positive, negative), device=model.device)
     decoder: Any = unwrap(model).base_model
     scores = []
