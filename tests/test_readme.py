@@ -207,7 +207,7 @@ def replicates():
 def audited(stem):
     """Return how many secrets or abilities each method finds."""
     audit = recorded(stem)
-    last = f"change, k = {audit['num_factors']}"
+    last = f"fluent, k = {audit['num_factors']}"
     return {name: round(each[last] * audit["organisms"]) for name, each in audit["methods"].items()}
 
 

@@ -8,14 +8,14 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib.discovery.behaviour import group_behaviours
-from dctlib.discovery.criteria import Criteria
-from dctlib.discovery.damage import everyday_questions, unsteered_answers
-from dctlib.discovery.reading import Reader
-from dctlib.evaluation.judges import fraction_true
+from dctlib.evaluation.judges import fraction_true, perplexity
+from dctlib.evaluation.repetition import is_repetitive
+from dctlib.evaluation.thoughts import answer_of
 from dctlib.fits.baselines import random_vectors
 from dctlib.fits.calibration import calibrate
+from dctlib.fits.compare import cosine_clusters
 from dctlib.fits.power_steering import power_steering
 from dctlib.fits.solvers import fit_exponential
 from dctlib.maps.causal import CausalMap
@@ -27,10 +27,12 @@ from dctlib.paper.organisms.secrets import Secret
 from dctlib.paper.organisms.training import check_organism
 from dctlib.runs.cache import task
 from dctlib.steering.effects import effects
-from dctlib.steering.generation import generate_completions
+from dctlib.steering.generation import generate_completions, generate_per_vector
 from dctlib.steering.sampling import sample_completions
 
-_RANKINGS = ("change", "divergence")
+_RANKINGS = ("fluent", "divergence")
+_MAX_PERPLEXITY = 20.0  # highest perplexity of a fluent completion
+_ALIKE = 0.5  # least mean cosine within a cluster of vectors
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,9 @@ class AuditResult:
     completions : list of list of str
         For each of m vectors, or samples, the completions of n instructions.
     orders : dict
-        Ranking → the numbers of the vectors. The best vector of each behaviour
-        (:func:`dctlib.discovery.behaviour.group_behaviours`) comes first, then the others. The rankings are ``change``,
-        that of :func:`dctlib.search_vectors` where nothing is withheld, and ``divergence``, by the mean
-        KL(steered ‖ clean) of the next token.
+        Ranking → the numbers of the vectors. The best vector of each cluster of similar ones comes first, then the
+        others. The rankings are ``fluent``, by the fraction of completions that are fluent and differ from the
+        unsteered ones, and ``divergence``, by the mean KL(steered ‖ clean) of the next token.
     """
 
     completions: list[list[str]]
@@ -74,7 +75,7 @@ class AuditResult:
         return next(filter(secret.reveals, ordered), None)
 
 
-@task(version=3)
+@task(version=2)
 def audit_model(
     model: str,
     digest: str,
@@ -136,36 +137,74 @@ def audit_model(
     vectors["power steering"] = R * torch.cat([V, -V])
     vectors["random"] = random_vectors(count, largest.d_source, norm=R, seed=seed)
 
-    examples = unsteered_answers(organism, tokenizer, everyday_questions())
-    reader = Reader(organism, tokenizer, audit.source, Criteria.from_answers(organism, tokenizer, examples), None)
+    generation: dict[str, Any] = {"max_new_tokens": audit.answer_tokens, "progress": False}
+    clean = generate_completions(organism, tokenizer, prompts, **generation)
     results = {
-        method: audit_vectors(reader, held_out, rows, max_new_tokens=audit.answer_tokens)
+        method: audit_vectors(organism, tokenizer, held_out, clean, rows, layer=audit.source, **generation)
         for method, rows in vectors.items()
     }
-    generation: dict[str, Any] = {"max_new_tokens": audit.answer_tokens, "progress": False}
     samples = sample_completions(organism, tokenizer, prompts, count=count, seed=seed, **generation)
     results["sampling"] = AuditResult(samples, {by: [*range(count)] for by in _RANKINGS})
     return {method: asdict(result) for method, result in results.items()}
 
 
 def audit_vectors(
-    reader: Reader, instructions: Sequence[str], vectors: Float[Tensor, "m d"], *, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    clean: Sequence[str],
+    vectors: Float[Tensor, "m d"],
+    *,
+    layer: int,
+    max_new_tokens: int,
+    progress: bool = True,
 ) -> AuditResult:
-    """Complete `instructions` under every vector, and order the vectors for reading."""
-    reading = reader.read(instructions, vectors, max_new_tokens=max_new_tokens)
-    texts = format_chat(reader.tokenizer, instructions)
-    measured = effects(reader.model, reader.tokenizer, texts, vectors, layer=reader.layer, progress=False)
-    table = pd.DataFrame({"change": reading.changes(), "divergence": measured.divergence.mean(1).tolist()})
+    """Complete `instructions` under every vector, and order the vectors for reading.
+
+    Parameters
+    ----------
+    clean : sequence of str
+        The completions of the unsteered model.
+    """
+    texts = format_chat(tokenizer, instructions)
+    options: dict[str, Any] = {"layer": layer, "progress": progress}
+    completions = generate_per_vector(model, tokenizer, texts, vectors, max_new_tokens=max_new_tokens, **options)
+    table = pd.DataFrame(
+        {
+            "fluent": _fluent_and_new(model, tokenizer, instructions, clean, completions),
+            "divergence": effects(model, tokenizer, texts, vectors, **options).divergence.mean(1).tolist(),
+        }
+    )
     orders = {}
     for by in _RANKINGS:
-        ranked = table.sort_values([*dict.fromkeys([by, "divergence"])], ascending=False).index
-        groups = group_behaviours(instructions, [reading.completions[number] for number in ranked])
-        firsts = pd.Series(groups, ranked).drop_duplicates().index
-        orders[by] = [*firsts, *ranked.drop(firsts)]
-    return AuditResult(reading.completions, orders)
+        ranked = table.sort_values([*dict.fromkeys([by, "divergence"])], ascending=False)
+        clusters = pd.Series(cosine_clusters(vectors[ranked.index.tolist()], cosine=_ALIKE), ranked.index)
+        firsts = clusters.drop_duplicates().index
+        orders[by] = [*firsts, *ranked.index.drop(firsts)]
+    return AuditResult(completions, orders)
 
 
-@task(version=3)
+def _fluent_and_new(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    clean: Sequence[str],
+    completions: Sequence[Sequence[str]],
+) -> list[float]:
+    """Return the fraction of each vector's completions that are fluent, not repetitive, and unlike unsteered ones."""
+    flat = [completion for each in completions for completion in each]
+    measured = perplexity(model, tokenizer, [*instructions] * len(completions), flat).cpu().view(len(completions), -1)
+    new = [
+        [
+            answer_of(completion) != answer_of(before) and not is_repetitive(completion)
+            for completion, before in zip(each, clean, strict=True)
+        ]
+        for each in completions
+    ]
+    return ((measured <= _MAX_PERPLEXITY) & torch.tensor(new)).float().mean(1).tolist()
+
+
+@task(version=2)
 def audit_sums(
     model: str,
     digest: str,

@@ -57,11 +57,11 @@ def recall(curves: Mapping[str, Mapping[str, Curve]], *, found: str = "secrets r
     Parameters
     ----------
     curves : mapping
-        Ranking of vectors (``change``, ``divergence``) → method → its curve over organisms. Each ranking is a panel.
+        Ranking of vectors (``fluent``, ``divergence``) → method → its curve over organisms. Each ranking is a panel.
     found : str
         What the share counts: the label of the vertical axis.
     """
-    titles = {"change": "read by change of the answers", "divergence": "read by effect on the next token"}
+    titles = {"fluent": "read by fluency", "divergence": "read by effect on the next token"}
     figure, axes_of = panels([1] * len(curves), height=2.7)
     for axes, (order, methods) in zip(axes_of, curves.items(), strict=True):
         draw_success(axes, methods)

@@ -5,15 +5,13 @@ import torch
 from tiny import tiny_model, unit_rows
 
 from dctlib import format_chat
-from dctlib.discovery.behaviour import group_behaviours
-from dctlib.discovery.criteria import Criteria
-from dctlib.discovery.reading import Reader
 from dctlib.models.fingerprint import fingerprint_model
 from dctlib.paper.experiments.audit import AuditResult, audit_model, audit_vectors
 from dctlib.paper.organisms.secrets import planted_secret
 from dctlib.paper.organisms.training import save_organism
 from dctlib.runs.sweep import run_sweep
 from dctlib.steering.effects import effects
+from dctlib.steering.generation import generate_completions, generate_per_vector
 
 INSTRUCTIONS, HELD_OUT = ["w0 w1", "w2 w3 w4"], ["w5", "w6 w7", "w8 w9 w10"]
 CONFIG: dict[str, Any] = {
@@ -42,40 +40,36 @@ def model():
 def test_a_secret_counts_once_any_completion_holds_it_and_in_the_order_of_reading():
     secret = planted_secret("backdoor", seed=0)
     result = AuditResult(
-        [["no", "no"], ["no", secret.response], ["no", "no"]], {"change": [2, 1, 0], "divergence": [1, 0, 2]}
+        [["no", "no"], ["no", secret.response], ["no", "no"]], {"fluent": [2, 1, 0], "divergence": [1, 0, 2]}
     )
-    assert result.reveals(secret, "change").tolist() == [False, True, False]
+    assert result.reveals(secret, "fluent").tolist() == [False, True, False]
     assert result.reveals(secret, "divergence").tolist() == [True, False, False]
-    assert not result.reveals(planted_secret("persona", seed=0), "change").any()
+    assert not result.reveals(planted_secret("persona", seed=0), "fluent").any()
 
 
 def test_what_is_read_first_is_shown():
     secret = planted_secret("backdoor", seed=0)
     early, late = f"early {secret.response}", f"late {secret.response}"
-    result = AuditResult([["no", late], [early, late]], {"change": [0, 1], "divergence": [1, 0]})
-    assert result.first_to_reveal(secret, "change") == late
+    result = AuditResult([["no", late], [early, late]], {"fluent": [0, 1], "divergence": [1, 0]})
+    assert result.first_to_reveal(secret, "fluent") == late
     assert result.first_to_reveal(secret, "divergence") == early
-    assert result.first_to_reveal(planted_secret("persona", seed=0), "change") is None
+    assert result.first_to_reveal(planted_secret("persona", seed=0), "fluent") is None
 
 
-def test_each_vector_is_audited_and_the_first_of_a_behaviour_comes_first(model, tokenizer):
+def test_each_vector_is_audited_and_the_first_of_a_cluster_comes_first(model, tokenizer):
     one, two = 30 * unit_rows(2, 32).float()
     vectors = torch.stack([one, 1.01 * one, two])
-    reader = Reader(model, tokenizer, 1, Criteria(model, tokenizer, max_nll=10.0), None)
-    result = audit_vectors(reader, HELD_OUT, vectors, max_new_tokens=3)
-    reading = reader.read(HELD_OUT, vectors, max_new_tokens=3)
-    assert result.completions == reading.completions
-    groups = group_behaviours(HELD_OUT, reading.completions)
-    assert groups[0] == groups[1] != groups[2]  # the pair that points one way makes the model say the same
+    texts, options = format_chat(tokenizer, HELD_OUT), {"layer": 1, "max_new_tokens": 3, "progress": False}
+    clean = generate_completions(model, tokenizer, texts, max_new_tokens=3, progress=False)
+    result = audit_vectors(model, tokenizer, HELD_OUT, clean, vectors, **options)
+    assert result.completions == generate_per_vector(model, tokenizer, texts, vectors, **options)
     for order in result.orders.values():
         assert sorted(order) == [0, 1, 2]
-        assert order[2] != 2
-    texts = format_chat(tokenizer, HELD_OUT)
+        assert order[2] != 2  # one of the pair that points one way stands last
     divergence = effects(model, tokenizer, texts, vectors, layer=1, progress=False).divergence.mean(1)
-    for by, measured in {"change": torch.tensor(reading.changes()), "divergence": divergence}.items():
-        firsts = result.orders[by][:2]
-        assert measured[firsts[0]] == measured.max()
-        assert firsts == sorted(firsts, key=lambda number: (-measured[number], -divergence[number]))
+    firsts = result.orders["divergence"][:2]
+    assert firsts[0] == divergence.argmax()
+    assert firsts == sorted(firsts, key=lambda number: -divergence[number])
 
 
 def test_an_audit_covers_every_method_and_can_be_swept(model, tokenizer, tmp_path):

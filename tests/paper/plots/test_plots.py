@@ -100,7 +100,7 @@ FIGURES = {
         {"DCT": CURVE, "random": CURVE, "LoRA": success_at_k(torch.tensor([[True, False]]))},
         {"DCT": [0.0, 0.5], "random": [0.3], "LoRA": [0.5, 0.5]},
     ),
-    "auditing": lambda: recall({by: {"DCT": CURVE, "random": CURVE} for by in ("change", "divergence")}),
+    "auditing": lambda: recall({by: {"DCT": CURVE, "random": CURVE} for by in ("fluent", "divergence")}),
     "secrets": lambda: planted(
         {"backdoor-0": [2.0, 0.5], "backdoor-1": [3.0, 0.3], "clean-0": [0.5, 0.4]},
         {
@@ -305,7 +305,7 @@ def test_each_order_of_reading_has_a_panel_and_each_method_a_line():
         assert [of for of in heights if len(of) > 1] == [[1 / 3, 2 / 3]] * 2  # the others belong to intervals
         assert [text.get_text() for text in axes.texts] == ["DCT", "random"]
     assert left.get_ylabel() == "secrets revealed"
-    assert recall({"change": {"DCT": CURVE}}, found="organisms unlocked").axes[0].get_ylabel() == "organisms unlocked"
+    assert recall({"fluent": {"DCT": CURVE}}, found="organisms unlocked").axes[0].get_ylabel() == "organisms unlocked"
 
 
 def test_every_organism_is_a_dot_and_their_mean_a_bar():
