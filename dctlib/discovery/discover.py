@@ -117,7 +117,7 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths) -> tuple[FoundVect
         **options.model_dump(include={*SearchOptions.model_fields, "num_factors", "seed"}),
     }
     inputs = {"model": chat_model_digest(model, tokenizer), "fit": fitted, "validation": validation}
-    key = cache_key("search", SEARCH_VERSION, inputs | settings | {"chat": options.chat})
+    key = cache_key("discover", SEARCH_VERSION, inputs | settings | {"chat": options.chat})
     first, paths = paths, paths.for_search(key)
     check_replaceable(paths.shared)
     if paths != first:
@@ -126,20 +126,21 @@ def discover(options: DiscoverOptions, paths: DiscoveryPaths) -> tuple[FoundVect
     def search() -> dict[str, Any]:
         _announce(f"search {source} → {target}: fit {len(fitted)} instructions, validate on {len(validation)} others")
         options_of_search = settings | options.chat
-        return search_vectors(model, tokenizer, fit=fitted, validation=validation, **options_of_search).to_result()
+        found = search_vectors(model, tokenizer, fit=fitted, validation=validation, **options_of_search)
+        cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
+        return found.to_result() | {"effects": cmap(found.directions.to(cmap.device, cmap.dtype))}
 
     if stored := read_results(paths.cache, [key]):
         _announce(f"this search is remembered: only its vectors are ranked again, by {options.rank_by}")
     result = stored.get(key) or remember(paths.cache, key, search)
+    effects = result.pop("effects")
     found = FoundVectors.from_result(result).sorted_by(options.rank_by)
-
-    cmap = CausalMap.from_model(model, tokenizer, texts, source=source, target=target)
     name, revision = model_reference(options.model)
     page = Exploration.from_search(
         f"What {name} hides",
         describe(options, found, target),
         found,
-        cmap(found.directions.to(cmap.device, cmap.dtype)),
+        effects,
         validation,
         shown_characters=options.shown_characters,
         hide=any(map(is_refusal, found.unsteered)),
