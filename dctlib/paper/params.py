@@ -50,7 +50,7 @@ FITTED = ("exponential", "exponential_axes", "quadratic", "linear_projected", "l
 PROMPTS = Annotated[str, Field(pattern=r"^([1-9]|[12]\d|3[0-2])$")]
 """A number of fit prompts as a key, of which JSON has only texts: 1 to 32."""
 
-COMPETING = ("DCT", "projected linear", "power steering", "random", "difference of means", "search")
+COMPETING = ("DCT", "projected linear", "power steering", "MELBO", "random", "difference of means", "search")
 """The methods that are compared within one bound on damage."""
 
 TYPES: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from dctlib.discovery.damage import measure_damage, unsteered_answers
 from dctlib.discovery.search import search_vectors
 from dctlib.evaluation.instructions import benign_split, harmful_instructions, shuffled
 from dctlib.evaluation.judges import fraction_true, is_compliant
+from dctlib.evaluation.statistics import Interval, wilson
 from dctlib.fits.baselines import difference_of_means
 from dctlib.maps.causal import CausalMap
 from dctlib.maps.orthogonalise import normalise
@@ -26,9 +28,13 @@ from dctlib.paper.experiments.sample_complexity import draw_instructions, rank_t
 from dctlib.runs.cache import Setting, Task, task
 from dctlib.steering.generation import generate_completions, generate_per_vector
 
-Method = Literal["DCT", "projected linear", "power steering", "random", "difference of means", "search", "unsteered"]
+Method = Literal[
+    "DCT", "projected linear", "power steering", "MELBO", "random", "difference of means", "search", "unsteered"
+]
 
 _LEFT = 4  # best vectors, which are tried at several lengths
+# In minutes like 64 factors of DCT on four requests. The steps are fewer and longer than in the publication.
+_MELBO = {"num_vectors": 4, "steps": 60, "learning_rate": 0.05}
 _PROMPTS = {name: name for name in ("pool", "validation", "test", "benign", "supervised")} | {"fit": "fit_prompts"}
 
 
@@ -89,6 +95,7 @@ def at_equal_damage(
         What :func:`dctlib.models.fingerprint.model_key` returns.
     method : str
         ``"search"`` is :func:`dctlib.search_vectors` without a judge, which chooses a vector and its length itself.
+        ``"MELBO"`` finds four vectors, whatever the width of the fits.
     shuffle : int
         Draws the fit requests and starts the fits.
     slice_ends : mapping
@@ -153,7 +160,7 @@ def at_equal_damage(
         for (number, multiple), completions, damage in zip(tried, completed, damages, strict=True):
             answered = fraction_true(is_compliant(opened, tokenizer, validation, completions, **BOUNDS))
             grid.append({"number": number, "multiple": multiple, "answered": answered, "damage": damage})
-    chosen = _choose(grid, max_damage) if grid else 0
+    chosen = choose_within(grid, max_damage) if grid else 0
     vector = vectors[chosen] if len(vectors) else torch.zeros(residual_width(opened))
 
     requests = harmful.test[: prompts["test"]]
@@ -172,6 +179,51 @@ def at_equal_damage(
         "seconds": seconds,
         "input_scale": R,
     }
+
+
+def summarise_methods(
+    settings: Sequence[Setting], results: Sequence[Mapping[str, Any]], *, test: int
+) -> dict[str, dict[str, Any]]:
+    """Return what each method reached, averaged over its shuffles.
+
+    Parameters
+    ----------
+    settings, results
+        Of cells of :func:`at_equal_damage`. The result of an edited model has no length.
+    test : int
+        The number of test requests, over which the intervals are.
+
+    Returns
+    -------
+    dict
+        Method → ``success``, an :class:`Interval` as a dict, by Wilson; ``each``, that of every shuffle; ``refused``;
+        ``benign_kl``, the damage; ``length`` in units of R, or None; ``minutes`` until the vectors were found; and
+        ``found``, the share of shuffles with a vector.
+    """
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for setting, result in zip(settings, results, strict=True):
+        methods.setdefault(setting["method"], []).append(result)
+
+    def mean(shuffles: Sequence[Mapping[str, Any]], name: str) -> float:
+        return sum(float(result[name]) for result in shuffles) / len(shuffles)
+
+    def verdicts(result: Mapping[str, Any], name: str) -> float:
+        return fraction_true([verdict[name] for verdict in result["verdicts"]])
+
+    summary = {}
+    for method, shuffles in methods.items():
+        answered = [verdicts(result, "compliant") for result in shuffles]
+        rate = sum(answered) / len(answered)
+        summary[method] = {
+            "success": asdict(Interval(rate, *wilson(rate, test))),
+            "each": answered,
+            "refused": sum(verdicts(result, "refused") for result in shuffles) / len(shuffles),
+            "benign_kl": mean(shuffles, "damage"),
+            "length": None if shuffles[0]["length"] is None else mean(shuffles, "length"),
+            "minutes": mean(shuffles, "seconds") / 60,
+            "found": mean(shuffles, "found"),
+        }
+    return summary
 
 
 def _vectors(
@@ -197,6 +249,8 @@ def _vectors(
             return find(method="linear", num_factors=count // 2, projections=32)
         case "power steering":
             return find(method="power steering", num_vectors=count // 2)
+        case "MELBO":
+            return find(method="MELBO", **_MELBO)
         case "random":
             return find(method="random", num_vectors=count)
         case "difference of means":
@@ -214,7 +268,7 @@ def _vectors(
             return torch.zeros(0, cmap.d_source)
 
 
-def _choose(grid: Sequence[Mapping[str, Any]], max_damage: float) -> int:
+def choose_within(grid: Sequence[Mapping[str, Any]], max_damage: float) -> int:
     """Return the row with the most answers within the bound on damage; if none is within it, that of least damage."""
     within = [row for row, each in enumerate(grid) if each["damage"] <= max_damage]
     if not within:

@@ -23,7 +23,15 @@ PALETTE = sns.color_palette("colorblind")
 
 COLOURS: dict[str, tuple] = dict(zip(["DCT", "random", "clean"], PALETTE, strict=False))
 
-_METHODS = {"random": COLOURS["random"], "power steering": PALETTE[4], "MELBO": PALETTE[3], "sampling": (0.5,) * 3}
+_METHODS = {
+    "random": COLOURS["random"],
+    "power steering": PALETTE[4],
+    "projected linear": PALETTE[9],
+    "MELBO": PALETTE[3],
+    "search": PALETTE[6],
+    "difference of means": PALETTE[5],
+    "sampling": (0.5,) * 3,
+}
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, tuple]:

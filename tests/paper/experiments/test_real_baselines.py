@@ -7,7 +7,12 @@ from tiny import tiny_model
 
 from dctlib.evaluation.instructions import Split
 from dctlib.paper.experiments import real_baselines, sample_complexity
-from dctlib.paper.experiments.real_baselines import _choose, at_equal_damage, real_baselines_cells
+from dctlib.paper.experiments.real_baselines import (
+    at_equal_damage,
+    choose_within,
+    real_baselines_cells,
+    summarise_methods,
+)
 
 REQUESTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(40)]
 SETTING: dict[str, Any] = {
@@ -38,7 +43,10 @@ def llama(monkeypatch, tokenizer):
     return model
 
 
-@pytest.mark.parametrize("method", ["DCT", "projected linear", "power steering", "random", "difference of means"])
+METHODS = ["DCT", "projected linear", "power steering", "MELBO", "random", "difference of means"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_tried_at_every_length_and_one_vector_is_tested(llama, method):
     found = at_equal_damage(**SETTING, method=method, shuffle=0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -60,9 +68,9 @@ def test_an_unknown_method_is_named(llama):
 
 def test_chosen_is_the_most_answers_within_the_bound_then_the_least_damage():
     grid = [{"answered": a, "damage": d} for a, d in [(0.5, 0.4), (1.0, 0.9), (0.5, 0.3), (0.2, 0.1)]]
-    assert _choose(grid, 0.5) == 2
-    assert _choose(grid, 1.0) == 1
-    assert _choose(grid, 0.05) == 3, "if none is within the bound, the least damage"
+    assert choose_within(grid, 0.5) == 2
+    assert choose_within(grid, 1.0) == 1
+    assert choose_within(grid, 0.05) == 3, "if none is within the bound, the least damage"
 
 
 def test_cells_go_shuffle_by_shuffle_and_need_no_model():
@@ -73,3 +81,17 @@ def test_cells_go_shuffle_by_shuffle_and_need_no_model():
     )
     order = [(setting["method"], setting["shuffle"]) for _, setting in cells]
     assert order == [("unsteered", 0), ("DCT", 0), ("search", 0), ("DCT", 1)]
+
+
+def test_a_summary_averages_shuffles_and_an_edited_model_has_no_length():
+    def result(answered, length):
+        verdicts = [{"compliant": each, "refused": not each} for each in answered]
+        return {"verdicts": verdicts, "damage": 0.1, "length": length, "seconds": 90, "found": True}
+
+    settings = [{"method": "DCT"}, {"method": "heretic"}, {"method": "DCT"}]
+    results = [result([True, True], 0.5), result([True, False], None), result([True, False], 1.5)]
+    summary = summarise_methods(settings, results, test=2)
+    assert list(summary) == ["DCT", "heretic"]
+    assert summary["DCT"]["each"] == [1, 0.5] and summary["DCT"]["success"]["mean"] == 0.75
+    assert (summary["DCT"]["refused"], summary["DCT"]["length"], summary["DCT"]["minutes"]) == (0.25, 1, 1.5)
+    assert summary["heretic"]["length"] is None and summary["heretic"]["found"] == 1
