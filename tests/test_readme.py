@@ -56,9 +56,11 @@ def verdicts():
     for statement, verdict in complexity.claims.items():
         if statement.startswith("exponential fits score above"):
             yield f"| {statement} | {verdict.value} |"
-    yield "Random vectors, our control, get past the circuit breaker as often as DCT's."
-    breaker = compare_with_published("circuit_breaker", recorded("circuit_breaker"))
-    assert breaker.controls["random vectors get past it less often"] is Verdict.UNDECIDED
+    breaker = recorded("circuit_breaker")
+    yield (
+        f"Random vectors, our control, get past the circuit breaker on {percent(breaker['random_asr'])} of requests, "
+        f"and DCT's on {percent(breaker['steered_asr'])}."
+    )
 
 
 def real_models():
@@ -312,7 +314,10 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     assert (
         "On organisms that refuse, DCT loses to power steering and to the difference of means." in README
     )  # baselines()
-    assert "Random vectors get past the circuit breaker, a trained defence, as often as DCT's." in README  # verdicts()
+    shares = [percent(recorded("circuit_breaker")[vector]) for vector in ("random_asr", "steered_asr")]
+    assert "Random vectors get past the circuit breaker, a trained defence, on {} of requests, DCT's on {}.".format(
+        *shares
+    ) in " ".join(README.split())
 
 
 def awaited():
