@@ -116,10 +116,10 @@ def real_baselines():
     """Rows of the methods at equal damage on the 1.5B, the best first."""
     methods = recorded("real_baselines", "study")["methods"]
     for name, of in sorted(methods.items(), key=lambda each: -each[1]["success"]["mean"]):
-        rate = of["success"]
+        rate, length = of["success"], "" if of["length"] is None else f"{of['length']:.1f}"
         yield (
             f"| {name} | {percent(rate['mean'])} | {percent(rate['low'])} to {percent(rate['high'])} | "
-            f"{percent(of['refused'])} | {of['benign_kl']:.2f} | {of['length']:.1f} | {of['minutes']:.1f} |"
+            f"{percent(of['refused'])} | {of['benign_kl']:.2f} | {length} | {of['minutes']:.1f} |"
         )
 
 
