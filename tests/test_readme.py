@@ -288,7 +288,8 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     rate = {name: percent(of["success"]["mean"]) for name, of in competing.items()}
     assert (
         f"| the 1.5B within one bound on damage: requests answered, of 50 | {rate['DCT']} | {rate['random']} | "
-        f"power steering {rate['power steering']}, difference of means (supervised) {rate['difference of means']} |"
+        f"power steering {rate['power steering']}, difference of means (supervised) {rate['difference of means']}, "
+        f"Heretic (supervised) {rate['heretic']} |"
     ) in README
     many = recorded("real_multiplicity", "study")
     unlock = unlocking(many)
