@@ -91,9 +91,7 @@ def main() -> None:
         }
 
     group = {name: getattr(given, name) for name in ("model", "source", "target", "count", "seed")}
-    rows = json.loads(_RESULTS.read_text(encoding="utf-8")) if _RESULTS.exists() else []
-    rows = [row for row in rows if any(row[name] != value for name, value in group.items())]
-    finalists = {}
+    rows, finalists = [], {}
     for name, unit in directions.items():
         vectors = at_bound(unit)
         best, found = evaluate(vectors)
@@ -109,7 +107,9 @@ def main() -> None:
         spent = round(time.perf_counter() - begun)
         rows.append({**group, "method": f"{name}, refined", **evaluate(at_bound(refined))[1], "seconds": spent})
         print(rows[-1], flush=True)
-    write_json(_RESULTS, rows)
+    earlier = json.loads(_RESULTS.read_text(encoding="utf-8")) if _RESULTS.exists() else []
+    others = [row for row in earlier if any(row[name] != value for name, value in group.items())]
+    write_json(_RESULTS, others + rows)
 
 
 def homotopy(fitted: CausalMap, _benign: CausalMap, count: int, R: float, seed: int) -> Float[Tensor, "m d"]:

@@ -123,6 +123,16 @@ def real_baselines():
         )
 
 
+def sources():
+    """Rows of the methods that make candidates."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sources.json").read_text(encoding="utf-8"))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["method"] == method):
+            cells += ["" if "refined" in method else str(row["above_0.3"]), percent(max(row["answered"]))]
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
 def unlocking(found):
     """Return how many vectors of each kind get at least half of the requests answered."""
     return {kind: sum(share >= 0.5 for share in of["answered"]) for kind, of in found["vectors"].items()}
@@ -263,7 +273,7 @@ def stability():
 @pytest.mark.parametrize(
     "said",
     [
-        *(verdicts, real_models, real_figure_1, real_multiplicity, real_baselines, judge, search_steps),
+        *(verdicts, real_models, real_figure_1, real_multiplicity, real_baselines, judge, search_steps, sources),
         *(baselines, replicates, audits, anomaly, stability),
     ],
     ids=lambda said: said.__name__,
