@@ -128,8 +128,11 @@ def best_trials(folder: Path) -> list[tuple[int, float]]:
         for name, value in line.get("user_attr", {}).items():
             trials.setdefault(line.get("trial_id", -1), {})[name] = value
     finished = sorted((t["refusals"], t["kl_divergence"]) for t in trials.values() if "refusals" in t)
-    least = [min(divergence for _, divergence in finished[:end]) for end in range(1, len(finished) + 1)]
-    return [trial for place, trial in enumerate(finished) if not place or trial[1] < least[place - 1]]
+    best: list[tuple[int, float]] = []
+    for trial in finished:
+        if not best or trial[1] < best[-1][1]:
+            best.append(trial)
+    return best
 
 
 def compare_edits(

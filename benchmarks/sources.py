@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dctlib import CausalMap, calibrate, fit_exponential, fit_linear, format_chat, load_model, power_steering, steer
+from dctlib import CausalMap, calibrate, fit_linear, format_chat, load_model, steer
 from dctlib._io import ROOT, write_json
 from dctlib.discovery.criteria import Criteria
 from dctlib.discovery.damage import measure_damage, unsteered_answers
@@ -30,9 +30,9 @@ from dctlib.discovery.lengths import estimate_lengths
 from dctlib.discovery.reading import Reader
 from dctlib.evaluation.instructions import benign_split, harmful_instructions
 from dctlib.evaluation.judges import fraction_true, is_compliant
-from dctlib.fits.baselines import random_vectors
 from dctlib.maps.orthogonalise import normalise, orthonormal_rows
 from dctlib.models.likelihood import Example, answer_loss
+from dctlib.paper.experiments.methods import find_vectors
 from dctlib.paper.experiments.real_models import BOUNDS
 from dctlib.steering.generation import generate_per_vector
 
@@ -142,23 +142,19 @@ def contrast(fitted: CausalMap, benign: CausalMap, count: int, _R: float, seed: 
 
 
 METHODS = {
-    "exponential": lambda fitted, _benign, count, R, seed: (
-        fit_exponential(fitted, count, input_scale=R, iterations=8, seed=seed, progress=False).V
+    "exponential": lambda fitted, _benign, count, R, seed: find_vectors(
+        fitted, "exponential", R, num_factors=count, iterations=8, seed=seed
     ),
     "homotopy": homotopy,
     "contrast": contrast,
-    "power steering": lambda fitted, _benign, count, _R, seed: _both(
-        power_steering(fitted, count // 2, seed=seed, progress=False)
+    "power steering": lambda fitted, _benign, count, R, seed: find_vectors(
+        fitted, "power steering", R, num_vectors=count // 2, seed=seed
     ),
-    "projected linear": lambda fitted, _benign, count, _R, seed: _both(
-        fit_linear(fitted, count // 2, projections=32, seed=seed, progress=False).V
+    "projected linear": lambda fitted, _benign, count, R, seed: find_vectors(
+        fitted, "linear", R, num_factors=count // 2, projections=32, seed=seed
     ),
-    "random": lambda fitted, _benign, count, _R, seed: random_vectors(count, fitted.d_source, norm=1.0, seed=seed),
+    "random": lambda fitted, _benign, count, R, seed: find_vectors(fitted, "random", R, num_vectors=count, seed=seed),
 }
-
-
-def _both(rows: Float[Tensor, "k d"]) -> Float[Tensor, "2k d"]:
-    return torch.cat([rows, -rows])
 
 
 def refine(

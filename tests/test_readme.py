@@ -325,10 +325,11 @@ def test_numbers_of_the_readme_are_those_of_the_recorded_files():
     assert (
         "On organisms that refuse, DCT loses to power steering and to the difference of means." in README
     )  # baselines()
-    shares = [percent(recorded("circuit_breaker")[vector]) for vector in ("random_asr", "steered_asr")]
-    assert "Random vectors get past the circuit breaker, a trained defence, on {} of requests, DCT's on {}.".format(
-        *shares
-    ) in " ".join(README.split())
+    breaker = recorded("circuit_breaker")
+    assert (
+        f"Random vectors get past the circuit breaker, a trained defence, on {percent(breaker['random_asr'])} of "
+        f"requests, DCT's on {percent(breaker['steered_asr'])}."
+    ) in README
 
 
 def awaited():
